@@ -1,0 +1,83 @@
+"""The Policy protocol: what every thing that acts fulfils. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from vla.embodiment import Embodiment
+from vla.types import ActionChunk, Observation
+
+
+@dataclass(frozen=True)
+class InferContext:
+    """What decoders and schedulers need beside the observation.
+
+    previous: the chunk that is being executed, if any; previous_ids: the token ids it came from.
+    executed: how many of its actions were executed when the observation was taken.
+    committed: float32[C, A], actions that will be executed while this inference runs (they cannot change any more).
+    start_ns: due time that the first action of the new chunk shall have. seed: randomness of this inference.
+    """
+
+    previous: ActionChunk | None = None
+    previous_ids: tuple[int, ...] = ()
+    executed: int = 0
+    committed: np.ndarray | None = None
+    start_ns: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """How a chunk came about.
+
+    ids: action token ids ((),) for continuous heads. passes: model passes after the prefix.
+    repaired: tokens or coefficients that had to be repaired for the ids to be a valid chunk.
+    confidence: mean top-1 probability of the emitted tokens, 1.0 where it has no meaning.
+    kept_tokens: indices of visual tokens that were kept, None when none was dropped.
+    times_ms: {"preprocess", "prefix", "decode", "total"}, milliseconds.
+    reused: the reason why the last chunk stood instead of a forward pass, "" for a real forward.
+    """
+
+    ids: tuple[int, ...] = ()
+    passes: int = 0
+    repaired: int = 0
+    confidence: float = 1.0
+    kept_tokens: np.ndarray | None = None
+    times_ms: dict[str, float] = field(default_factory=dict)
+    reused: str = ""
+
+
+@dataclass(frozen=True)
+class InferResult:
+    chunk: ActionChunk
+    report: DecodeReport = field(default_factory=DecodeReport)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Observations in, action chunks out. Deterministic after reset(seed) for equal observations and contexts."""
+
+    @property
+    def embodiment(self) -> Embodiment: ...
+
+    @property
+    def horizon(self) -> int:
+        """T: actions per chunk."""
+        ...
+
+    def reset(self, seed: int) -> None:
+        """Forget everything about earlier episodes."""
+        ...
+
+    def infer_batch(
+        self, observations: Sequence[Observation], contexts: Sequence[InferContext]
+    ) -> list[InferResult]: ...
+
+
+def infer(policy: Policy, observation: Observation, context: InferContext | None = None) -> InferResult:
+    """One observation through `infer_batch`."""
+    return policy.infer_batch([observation], [context or InferContext()])[0]
