@@ -1,0 +1,486 @@
+"""Demonstrations: a scripted expert drives an environment, successes become a LeRobotDataset v3.0.
+
+Recorded at every step: the images and the proprioceptive state, the expert's action for what it sees now, and whether
+something else was executed. Perturbing what is executed while recording what the expert would do (DART, Laskey et al.
+2017, section 4) shows the policy how to come back from its own mistakes; here the perturbation comes in short bursts of
+constant direction, so that nearly all labels of an action chunk stay what the expert did do.
+
+Episodes are identified by their seed. What is kept depends on the seeds alone: not on the number of workers, nor on how
+often the run was killed and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sim.environment import EVAL_SEED_START, Environment, make
+from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, DataError, VlaError, explain, nearest
+from vla.types import Command, ControlMode
+
+log = logging.getLogger(__name__)
+
+
+class Expert(Protocol):
+    """Reads simulator state, which no policy can. `act` is what it would do now, whatever was executed before."""
+
+    def reset(self) -> None:
+        """Plan anew for the scene as it stands, right after the environment was reset."""
+        ...
+
+    def act(self) -> np.ndarray:
+        """float32[A] in physical units."""
+        ...
+
+
+# environment -> "module:constructor"; the constructor takes the environment
+EXPERTS = {
+    "tabletop": "sim.tabletop.expert:TabletopExpert",
+    "libero_spatial": "sim.libero.expert:LiberoExpert",
+    "libero_object": "sim.libero.expert:LiberoExpert",
+    "libero_goal": "sim.libero.expert:LiberoExpert",
+    "libero_10": "sim.libero.expert:LiberoExpert",
+}
+
+
+def make_expert(name: str, environment: Environment) -> Expert:
+    """The scripted expert of an environment; ConfigError when it has none."""
+    if name not in EXPERTS:
+        raise ConfigError(f"expert: none for environment {name!r}. {nearest(name, EXPERTS)}")
+    module, _, attribute = EXPERTS[name].partition(":")
+    expert: Expert = getattr(importlib.import_module(module), attribute)(environment)
+    return expert
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Bursts of perturbation.
+
+    fraction: share of the episodes that have any. level_min, level_max: range of an episode's strength, 1 moving the
+    tool by about `translation_m` and `rotation_rad` per step (`normalised` for actions in [-1, 1]). gap_steps: mean
+    number of steps between bursts. length_min, length_max: steps of a burst. The gripper is never perturbed.
+    """
+
+    fraction: float = 0.8
+    level_min: float = 0.3
+    level_max: float = 1.0
+    translation_m: float = 0.010
+    rotation_rad: float = 0.03
+    normalised: float = 0.3
+    gap_steps: float = 20.0
+    length_min: int = 2
+    length_max: int = 5
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Arguments of `collect`.
+
+    env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns, `turn` episodes each).
+    episodes: successes to keep. seed: the first one; every attempt takes the next. out: folder of the data set.
+    workers: processes. env_options: further arguments of the environment. codec: name in vla.data.video.CODECS.
+    """
+
+    out: str
+    env: str = "tabletop"
+    task: str = "all"
+    episodes: int = 500
+    seed: int = 0
+    workers: int = 2
+    turn: int = 1
+    codec: str = "h264"
+    noise: Noise = field(default_factory=Noise)
+    env_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.workers < 1 or self.turn < 1:
+            raise ConfigError(
+                explain(
+                    "collect",
+                    "episodes, workers and turn of at least 1",
+                    f"episodes={self.episodes} workers={self.workers} turn={self.turn}",
+                    "Give positive numbers.",
+                )
+            )
+        if not 0 <= self.seed < EVAL_SEED_START:
+            raise ConfigError(
+                explain(
+                    "collect.seed",
+                    f"0 to {EVAL_SEED_START - 1}",
+                    self.seed,
+                    "Seeds from there on are for evaluation: a policy must not have seen its test.",
+                )
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the content of the data set: everything but the number of workers and the place."""
+        data = asdict(self)
+        del data["workers"], data["out"]
+        data["env_options"] = dict(self.env_options)
+        return data
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    path: str
+    episodes: int
+    frames: int
+    attempts: int
+    wall_s: float
+
+
+def spec_of(embodiment: Embodiment, codec: str) -> DatasetSpec:
+    """The features that demonstrations of this embodiment have."""
+    features: dict[str, Feature] = {
+        f"observation.images.{camera.name}": Feature("video", (camera.height, camera.width, 3), tuple(IMAGE_NAMES))
+        for camera in embodiment.cameras
+    }
+    features["observation.state"] = Feature("float32", (embodiment.state_dim,), embodiment.state_names)
+    features["action"] = Feature("float32", (embodiment.action_dim,), embodiment.action_names)
+    features["perturbed"] = Feature("bool", (1,))
+    return DatasetSpec(round(embodiment.rate_hz), features, embodiment.name, codec)
+
+
+class Perturbation:
+    """Bursts of one episode: `apply` per step. Everything follows from the seed."""
+
+    def __init__(self, noise: Noise, embodiment: Embodiment, seed: int):
+        self._rng = np.random.default_rng([seed, 0xDA27])
+        self._noise = noise
+        active = self._rng.random() < noise.fraction
+        self.level = float(self._rng.uniform(noise.level_min, noise.level_max)) if active else 0.0
+        scale = {"m": noise.translation_m, "rad": noise.rotation_rad}
+        self._scale = np.array(
+            [
+                0.0 if name == "gripper" else scale.get(unit, noise.normalised)
+                for name, unit in zip(embodiment.action_names, embodiment.action_units)
+            ]
+        )
+        self._limit_m = embodiment.max_tool_speed_m_s * embodiment.period_s
+        self._metres = np.array([unit == "m" for unit in embodiment.action_units])
+        self._normalised = embodiment.control_mode is ControlMode.OSC_DELTA
+        self._left = 0
+        self._push = np.zeros(embodiment.action_dim)
+
+    def apply(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """float[A] -> (what is executed, whether it differs)."""
+        if self.level == 0.0:
+            return action, False
+        if self._left == 0:
+            if self._rng.random() >= 1.0 / self._noise.gap_steps:
+                return action, False
+            self._left = int(self._rng.integers(self._noise.length_min, self._noise.length_max + 1))
+            self._push = self.level * self._scale * self._rng.standard_normal(len(self._scale))
+        self._left -= 1
+        pushed = action + self._push
+        if self._normalised:
+            return np.clip(pushed, -1.0, 1.0), True
+        length = float(np.linalg.norm(pushed[self._metres]))
+        if length > self._limit_m:
+            pushed[self._metres] *= self._limit_m / length
+        return pushed, True
+
+
+def run_expert(
+    environment: Any,
+    expert: Expert,
+    seed: int,
+    task: str,
+    noise: Noise,
+    render: bool = True,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """One episode; None when the expert fails. Returns (arrays [T, ...] per feature, facts about the episode)."""
+    embodiment: Embodiment = environment.embodiment
+    observation, info = environment.reset(seed=seed, options={"task": task})
+    expert.reset()
+    convert = command_chain(environment)
+    perturbation = Perturbation(noise, embodiment, seed)
+    frames: dict[str, list[np.ndarray]] = {f"observation.images.{name}": [] for name in embodiment.camera_names}
+    states, actions, perturbed = [], [], []
+    instruction = observation.instruction
+    success = False
+    for _ in range(environment.max_steps):
+        if render:
+            for name in embodiment.camera_names:
+                frames[f"observation.images.{name}"].append(np.array(observation.images[name]))
+        action = np.asarray(expert.act(), np.float32)
+        executed, differs = perturbation.apply(action)
+        states.append(np.array(observation.state, np.float32))
+        actions.append(action)
+        perturbed.append([differs])
+        observation, _, terminated, truncated, info = environment.step(convert(executed, info["stamp_ns"]))
+        success = bool(info["success"])
+        if terminated or truncated or success:
+            break
+    if not success:
+        return None
+    arrays = {key: np.stack(value) for key, value in frames.items()} if render else {}
+    arrays |= {"observation.state": np.stack(states), "action": np.stack(actions), "perturbed": np.array(perturbed)}
+    facts = {"seed": seed, "task": task, "family": info.get("family", task), "noise_level": perturbation.level}
+    return arrays, facts | {"instruction": instruction, "steps": len(actions)}
+
+
+def command_chain(environment: Any) -> Callable[[np.ndarray, int], Command]:
+    """action (physical units), stamp -> Command: the chain that execution uses, starting from where the arm is now."""
+    embodiment: Embodiment = environment.embodiment
+    if embodiment.control_mode is ControlMode.OSC_DELTA:
+        return lambda action, stamp_ns: Command(embodiment.control_mode, np.asarray(action, np.float64), stamp_ns)
+    from vla.runtime.kinematics import Kinematics
+
+    kinematics = Kinematics(embodiment)
+    reference = np.array(environment.joint_state()[1], np.float64)
+
+    def convert(action: np.ndarray, stamp_ns: int) -> Command:
+        nonlocal reference
+        reference = np.asarray(kinematics.solve(action, reference), np.float64)
+        return Command(embodiment.control_mode, reference.copy(), stamp_ns)
+
+    return convert
+
+
+# ---- worker processes ----
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(config: CollectConfig) -> None:
+    environment = make(config.env, **config.env_options)
+    _worker.update(config=config, environment=environment, expert=make_expert(config.env, environment))
+
+
+def _attempt(seed: int, task: str, work: str) -> tuple[int, int]:
+    """Run one seed and store it. Returns (seed, frames), 0 frames for a failure."""
+    config, environment = _worker["config"], _worker["environment"]
+    done = run_expert(environment, _worker["expert"], seed, task, config.noise)
+    if done is None:
+        _mark_failed(Path(work), seed)
+        return seed, 0
+    arrays, facts = done
+    write_shard(
+        _shard(Path(work), seed), spec_of(environment.embodiment, config.codec), facts["instruction"], arrays, facts
+    )
+    return seed, facts["steps"]
+
+
+def _shard(work: Path, seed: int) -> Path:
+    return work / "episodes" / f"{seed:09d}"
+
+
+def _failure(work: Path, seed: int) -> Path:
+    return work / "failed" / f"{seed:09d}"
+
+
+def _mark_failed(work: Path, seed: int) -> None:
+    _failure(work, seed).touch()
+
+
+def _stored_frames(work: Path, seed: int) -> int | None:
+    """Frames of a seed that an earlier run finished (0: the expert failed), None when it is still to do."""
+    if _failure(work, seed).exists():
+        return 0
+    record = _shard(work, seed) / "episode.json"
+    return int(json.loads(record.read_text())["length"]) if record.exists() else None
+
+
+# ---- the whole run ----
+def collect(config: CollectConfig, progress: bool = True) -> CollectReport:
+    """Collect `config.episodes` successes into `config.out`; continues an interrupted run; returns what was made.
+
+    Raises ConfigError for a seed, task or environment that does not exist, and for an `out` of another collection.
+    """
+    began = time.perf_counter()
+    out = Path(config.out)
+    work = out.with_name(out.name + ".work")
+    if out.exists():
+        return _finished(out, config)
+    environment = make(config.env, **config.env_options)
+    try:
+        embodiment, tasks = environment.embodiment, tuple(environment.tasks)
+    finally:
+        environment.close()
+    if config.task != "all":
+        if config.task not in tasks:
+            raise ConfigError(f"task: {config.task!r} is not one of {config.env}. {nearest(config.task, tasks)}")
+        tasks = (config.task,)
+    _claim(work, config)
+    with _bar(progress) as advance:
+        kept, attempts, frames = _run_seeds(config, tasks, work, advance)
+    log.info("merging %d episodes", len(kept))
+    shards = [_shard(work, seed) for seed in kept]
+    episodes = [json.loads((shard / "episode.json").read_text())["extra"] for shard in shards]
+    meta = {
+        "embodiment": embodiment.to_dict(),
+        "collection": {"config": config.identity(), "attempts": attempts, "episodes": episodes},
+    }
+    merge(shards, out, spec_of(embodiment, config.codec), meta)
+    shutil.rmtree(work, ignore_errors=True)
+    return CollectReport(str(out), len(kept), frames, attempts, time.perf_counter() - began)
+
+
+def _run_seeds(
+    config: CollectConfig, tasks: tuple[str, ...], work: Path, advance: Callable[[int, int, int, int], None]
+) -> tuple[list[int], int, int]:
+    """Attempt seeds in order until enough succeed. Returns (kept seeds, attempts, frames)."""
+    limit = 20 + 3 * config.episodes  # an expert that fails more often than this is broken
+    results: dict[int, int] = {}
+    pending: dict[concurrent.futures.Future[tuple[int, int]], int] = {}
+    following, settled, kept, frames = config.seed, config.seed, [], 0
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # workers are the parallelism; inherited by the spawned processes
+    pool = concurrent.futures.ProcessPoolExecutor(
+        config.workers, multiprocessing.get_context("spawn"), _start_worker, (config,)
+    )
+    try:
+        while True:
+            while settled in results and len(kept) < config.episodes:
+                if results[settled] > 0:
+                    kept.append(settled)
+                    frames += results[settled]
+                settled += 1
+                advance(len(kept), config.episodes, settled - config.seed, frames)
+            if len(kept) == config.episodes:
+                return kept, settled - config.seed, frames
+            if settled - config.seed >= limit or settled >= EVAL_SEED_START:
+                raise DataError(
+                    explain(
+                        "collect",
+                        f"{config.episodes} successes in {limit} attempts",
+                        f"{len(kept)} successes",
+                        "Look at the expert, or lower noise.level_max.",
+                    )
+                )
+            ahead = settled + max(4 * config.workers, config.turn)
+            while following < min(ahead, EVAL_SEED_START) and len(pending) < 2 * config.workers:
+                stored = _stored_frames(work, following)
+                if stored is not None:
+                    results[following] = stored
+                else:
+                    task = tasks[((following - config.seed) // config.turn) % len(tasks)]
+                    pending[pool.submit(_attempt, following, task, str(work))] = following
+                following += 1
+            done, _ = concurrent.futures.wait(
+                pending, timeout=0 if settled in results else None, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                del pending[future]
+                seed, length = future.result()
+                results[seed] = length
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"collect: a worker process died (out of memory, or killed) with {len(kept)} episodes done. "
+            "Run the same command again to continue, with fewer workers if memory was short."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _claim(work: Path, config: CollectConfig) -> None:
+    """Make the working folder, or make sure that the one there belongs to the same collection."""
+    (work / "episodes").mkdir(parents=True, exist_ok=True)
+    (work / "failed").mkdir(exist_ok=True)
+    for left in (work / "episodes").glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)  # episodes that a killed run was writing
+    record = work / "config.json"
+    if record.exists():
+        # a longer or shorter run over the same seeds may continue: episodes do not depend on how many there are
+        _require_same(record, json.loads(record.read_text()) | {"episodes": config.episodes}, config)
+        return
+    temporary = record.with_suffix(".part")
+    temporary.write_text(json.dumps(config.identity(), indent=2))
+    os.replace(temporary, record)
+
+
+def _finished(out: Path, config: CollectConfig) -> CollectReport:
+    """The report of a collection that is already complete."""
+    record = out / "meta/collection.json"
+    if not record.exists():
+        raise ConfigError(
+            explain("out", "a free path, or this collection", f"another folder at {out}", "Choose another `out`.")
+        )
+    stored = json.loads(record.read_text())
+    _require_same(out, stored["config"], config)
+    frames = sum(int(episode["steps"]) for episode in stored["episodes"])
+    return CollectReport(str(out), len(stored["episodes"]), frames, int(stored["attempts"]), 0.0)
+
+
+def _require_same(where: Path, stored: Mapping[str, Any], config: CollectConfig) -> None:
+    mine = json.loads(json.dumps(config.identity()))
+    differing = [key for key in mine if mine[key] != stored.get(key)]
+    if differing:
+        pairs = ", ".join(f"{key}={stored.get(key)!r} there, {mine[key]!r} now" for key in differing)
+        raise ConfigError(
+            explain("out", "the collection that was begun there", f"{pairs} ({where})", "Choose another `out`.")
+        )
+
+
+class _bar:
+    """A progress bar as a context: `advance(kept, wanted, attempts, frames)`."""
+
+    def __init__(self, show: bool):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("collect"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} episodes, {task.fields[attempts]} attempts"),
+            TextColumn("{task.fields[rate]:.0f} frames/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=not show,
+        )
+        self._task = self._progress.add_task("collect", total=1, attempts=0, rate=0.0)
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Callable[[int, int, int, int], None]:
+        self._progress.start()
+        return self._advance
+
+    def _advance(self, kept: int, wanted: int, attempts: int, frames: int) -> None:
+        rate = frames / max(time.perf_counter() - self._began, 1e-6)
+        self._progress.update(self._task, completed=kept, total=wanted, attempts=attempts, rate=rate)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m sim.collect`: the same with plain flags."""
+    parser = argparse.ArgumentParser(prog="sim.collect", description="Collect demonstrations of a scripted expert.")
+    parser.add_argument("--env", default="tabletop")
+    parser.add_argument("--task", default="all")
+    parser.add_argument("--episodes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--turn", type=int, default=1)
+    parser.add_argument("--codec", default="h264")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--no-noise", action="store_true", help="execute what the expert says")
+    flags = vars(parser.parse_args(arguments))
+    noise = Noise(fraction=0.0) if flags.pop("no_noise") else Noise()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        report = collect(CollectConfig(noise=noise, **flags))
+    except VlaError as error:
+        log.error("%s", error)
+        return 1
+    log.info("%s: %d episodes, %d frames, %d attempts, %.0f s", *asdict(report).values())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

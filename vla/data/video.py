@@ -1,0 +1,158 @@
+"""Video of a data set: one short clip per episode, joined without re-encoding, decoded frame by frame. PyAV only.
+
+Frames are uint8[N, H, W, 3] RGB. Clips have a constant frame rate, start at a key frame and hold no B-frames, so that
+joining is copying packets with shifted time stamps: an episode looks the same alone and inside a data set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from vla.errors import ConfigError, DataError, explain, nearest
+
+
+@dataclass(frozen=True)
+class VideoCodec:
+    """How frames are encoded.
+
+    encoder: FFmpeg encoder name. pix_fmt: yuv444p keeps the colour of small objects, yuv420p halves chroma resolution.
+    gop: frames from one key frame to the next, the most that a random access decodes. crf: quality, lower is better.
+    """
+
+    name: str
+    encoder: str
+    pix_fmt: str
+    crf: int
+    gop: int
+    options: tuple[tuple[str, str], ...] = ()
+
+    def encoder_options(self) -> dict[str, str]:
+        return {"crf": str(self.crf), "g": str(self.gop), **dict(self.options)}
+
+
+# h264: small images, collected here: fast both ways and nearly exact. av1: what the `lerobot` package writes by default.
+CODECS = {
+    "h264": VideoCodec("h264", "libx264", "yuv444p", 16, 10, (("preset", "ultrafast"), ("bf", "0"))),
+    "h264_420": VideoCodec("h264", "libx264", "yuv420p", 18, 10, (("preset", "veryfast"), ("bf", "0"))),
+    "av1": VideoCodec("av1", "libsvtav1", "yuv420p", 30, 2),
+}
+
+
+def codec(name: str) -> VideoCodec:
+    """The named entry of CODECS, if this FFmpeg build can encode it; ConfigError otherwise."""
+    if name not in CODECS:
+        raise ConfigError(f"codec: {name!r} is unknown. {nearest(name, CODECS)}")
+    chosen = CODECS[name]
+    if chosen.encoder not in av.codecs_available:
+        raise ConfigError(
+            explain(f"codec {name!r}", f"an FFmpeg with {chosen.encoder}", "none in PyAV", "Choose another codec.")
+        )
+    return chosen
+
+
+def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCodec) -> int:
+    """Write frames (uint8[H, W, 3] each) as an mp4 clip, atomically; returns how many. One encoder thread: bytes repeat."""
+    temporary = path.with_name(path.name + ".part")
+    count = 0
+    with av.open(str(temporary), "w", format="mp4") as container:
+        stream: Any = None
+        for image in frames:
+            if stream is None:
+                stream = container.add_stream(chosen.encoder, rate=fps, options=chosen.encoder_options())
+                stream.height, stream.width = image.shape[:2]
+                stream.pix_fmt = chosen.pix_fmt
+                stream.thread_count = 1
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+            count += 1
+        if stream is None:
+            raise DataError(explain(str(path), "at least one frame", "none", "Record before writing a clip."))
+        container.mux(stream.encode())
+    os.replace(temporary, path)
+    return count
+
+
+def concatenate(path: Path, clips: Sequence[tuple[Path, int]], fps: int) -> None:
+    """Join clips [(file, frames)] into one mp4 by copying packets, atomically. All clips share codec and size."""
+    temporary = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offset = 0
+    with av.open(str(temporary), "w", format="mp4") as output:
+        target: Any = None
+        for clip, frames in clips:
+            with _open(clip) as source:
+                stream = source.streams.video[0]
+                if target is None:
+                    target = output.add_stream_from_template(stream)
+                    target.time_base = Fraction(1, fps)
+                for packet in source.demux(stream):
+                    if packet.pts is None or packet.dts is None or packet.time_base is None:
+                        continue  # the flushing packet at the end
+                    pts = round(packet.pts * packet.time_base * fps) + offset
+                    dts = round(packet.dts * packet.time_base * fps) + offset
+                    packet.time_base = Fraction(1, fps)
+                    packet.pts, packet.dts, packet.duration = pts, dts, 1
+                    packet.stream = target
+                    output.mux(packet)
+            offset += frames
+    os.replace(temporary, path)
+
+
+def decode(path: Path, start: int = 0, stop: int | None = None, fps: float = 0.0) -> Iterator[np.ndarray]:
+    """Yield frames start..stop-1 as uint8[H, W, 3]. `fps` is needed to begin anywhere but at 0.
+
+    A file that cannot be decoded, or that ends before `stop`, raises DataError.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # several loader processes share the machine
+        index = 0
+        if start > 0:
+            if not fps > 0:
+                raise ValueError("decode: fps is needed to seek")
+            container.seek(round((start - 0.5) / fps / float(stream.time_base)), stream=stream, backward=True)
+            index = -1
+        try:
+            for frame in container.decode(stream):
+                if index < 0:
+                    index = round(float(frame.time) * fps)
+                if stop is not None and index >= stop:
+                    break
+                if index >= start:
+                    yield frame.to_ndarray(format="rgb24")
+                index += 1
+        except av.FFmpegError as error:
+            raise _unreadable(path, f"{type(error).__name__} after frame {index}") from error
+    if stop is not None and index < stop:
+        raise _unreadable(path, f"{max(index, 0)} frames, {stop} expected")
+
+
+def _open(path: Path) -> Any:
+    try:
+        container = av.open(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            explain(str(path), "a video file", "no such file", "Copy the data set again, or collect it again.")
+        ) from error
+    except av.FFmpegError as error:
+        raise _unreadable(path, type(error).__name__) from error
+    if not container.streams.video:
+        container.close()
+        raise _unreadable(path, "a file without a video stream")
+    return container
+
+
+def _unreadable(path: Path, got: str) -> DataError:
+    return DataError(
+        explain(
+            str(path), "a complete video", got, "The file is truncated: copy the data set again, or collect it again."
+        )
+    )
