@@ -130,9 +130,10 @@ GL_REMEDY = "apt-get update && apt-get install -y libosmesa6"
 
 
 def gl_backends() -> tuple[str, ...]:
-    """Backends in the order to try: the user's choice, else EGL (a GPU if there is one), then software."""
-    chosen = os.environ.get("MUJOCO_GL", "")
-    return (chosen,) if chosen else ("egl", "osmesa")
+    """Backends in the order the renderer tries them: the user's choice, else the GPU if there is one, then software."""
+    if chosen := os.environ.get("MUJOCO_GL", ""):
+        return (chosen,)
+    return ("egl", "osmesa") if Path("/dev/nvidia0").exists() else ("osmesa", "egl")
 
 
 def probe_gl(backend: str, timeout_s: float = 60.0) -> str:
@@ -203,13 +204,13 @@ def _libero() -> Check:
 
 def _libero_assets() -> Check:
     remedy = "optional: vla setup libero --assets DIR, or set VLA_LIBERO_ASSETS"
-    folder = os.environ.get("VLA_LIBERO_ASSETS", "")
-    if not folder:
-        return Check("LIBERO assets", MISSING, "VLA_LIBERO_ASSETS is not set", remedy)
-    lack = [name for name in ("scenes", "stable_scanned_objects", "textures") if not (Path(folder) / name).is_dir()]
-    if lack:
-        return Check("LIBERO assets", BROKEN, f"{folder} has no {', '.join(lack)}", remedy)
-    return Check("LIBERO assets", FOUND, folder)
+    from sim.libero.assets import resolve_assets
+    from vla.errors import SimulationError
+
+    try:
+        return Check("LIBERO assets", FOUND, str(resolve_assets()))
+    except SimulationError as error:
+        return Check("LIBERO assets", MISSING, str(error), remedy)
 
 
 CHECKS: dict[str, Callable[[], Check | list[Check]]] = {
