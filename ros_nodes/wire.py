@@ -19,12 +19,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 from typing import Any
 
 from ros_nodes.messages import GraphInfo, GraphNode, Text, encode
+from ros_nodes.node import LATCHED, STATE, Quality
 from vla.errors import TransportError, explain
 
 PINNED = "11.0.1"
@@ -61,22 +61,6 @@ except ImportError as error:
 
 _ANY = SampleState.Any | ViewState.Any | InstanceState.Any
 _NEW = SampleState.NotRead | ViewState.Any | InstanceState.Any
-
-
-@dataclass(frozen=True)
-class Quality:
-    """QoS of one endpoint. KEEP_LAST always: a KEEP_ALL writer facing a frozen reader would stall this process."""
-
-    reliable: bool = True
-    depth: int = 10
-    latched: bool = False  # transient local: late joiners get the last `depth` messages
-
-
-SENSOR = Quality(reliable=False, depth=5)  # images; the ROS sensor-data profile
-STATE = Quality(reliable=True, depth=10)  # joint states, commands, chunks: a best-effort writer never matches
-# a reliable reader, so what stock controllers may read reliably is written reliably
-LATEST = Quality(reliable=False, depth=1)  # read side of what is only worth its newest value, such as /clock
-LATCHED = Quality(reliable=True, depth=1, latched=True)  # instruction, status
 
 
 def _qos(quality: Quality, user_data: str = "") -> Qos:

@@ -1,0 +1,131 @@
+"""What a node is, without middleware: messages in, messages out, a clock. Shells (DDS wheel, rclpy) run it.
+
+A core is single-threaded: its shell calls one method at a time. It declares topics; it returns what to send. Work that
+takes longer than a few milliseconds is returned as a Job, which the shell runs on a worker thread and whose value comes
+back through `on_result`. A test drives a core with plain calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ros_nodes.messages import Clock, Diagnostics, JointState, Message, Status, Text, Trajectory
+
+
+# ---- quality of service ----
+@dataclass(frozen=True)
+class Quality:
+    """QoS of one endpoint. KEEP_LAST always: a KEEP_ALL writer facing a frozen reader would stall its process."""
+
+    reliable: bool = True
+    depth: int = 10
+    latched: bool = False  # transient local: late joiners get the last `depth` messages
+
+
+SENSOR = Quality(reliable=False, depth=5)  # images; the ROS sensor-data profile
+# Joint states, commands, chunks. A best-effort writer never matches a reliable reader, and stock controllers read
+# reliably, so what they may want is written reliably.
+STATE = Quality(reliable=True, depth=10)
+LATEST = Quality(reliable=False, depth=1)  # read side of what is only worth its newest value, such as /clock
+LATCHED = Quality(reliable=True, depth=1, latched=True)  # instruction, episode status
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    topic: str
+    type_name: str
+    quality: Quality = STATE
+
+
+# ---- the topics of the graph that do not depend on the embodiment ----
+INSTRUCTION = Endpoint("/vla/instruction", Text.type_name, LATCHED)
+REQUEST = Endpoint("/vla/request", Text.type_name)  # command node -> policy: infer now
+CHUNK = Endpoint("/vla/chunk", Trajectory.type_name)  # policy -> command node
+HEARTBEAT = Endpoint("/vla/heartbeat", Status.type_name)  # policy -> command node, 20 Hz
+CONTROL_STATUS = Endpoint("/vla/status", Text.type_name)  # command node: verdicts, counters
+CONTROL = Endpoint("/vla/control", Text.type_name)  # operator -> command node: {"op": "save" | "stop" | "go"}
+RESET = Endpoint("/sim/reset", Text.type_name)  # operator -> simulator: {"episode", "seed", "task", ...}
+SIM_STATUS = Endpoint("/sim/status", Text.type_name, LATCHED)
+JOINT_STATES = Endpoint("/joint_states", JointState.type_name)
+# The proprioceptive state vector itself, as JointState with the embodiment's state_names: for robots whose state cannot be
+# computed from joint positions here, because no kinematic model ships with them.
+STATE_VECTOR = Endpoint("/state", JointState.type_name)
+CLOCK = Endpoint("/clock", Clock.type_name, LATEST)
+DIAGNOSTICS = Endpoint("/diagnostics", Diagnostics.type_name)
+
+HEARTBEAT_PERIOD_NS = 50_000_000
+HEARTBEAT_TIMEOUT_NS = 150_000_000
+
+
+# ---- time and effects ----
+class Now(NamedTuple):
+    """stamp_ns: the graph's time (ROS time; simulated when /clock is followed): stamps and due times.
+    steady_ns: CLOCK_MONOTONIC of this machine: watchdogs and timers, which must run on when simulated time stands."""
+
+    stamp_ns: int
+    steady_ns: int
+
+
+class Send(NamedTuple):
+    topic: str
+    message: Message
+
+
+class Job(NamedTuple):
+    """`run()` on the worker thread; its value goes to `on_result(name, value)`, an exception to it as the value."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+Effect = Send | Job
+Effects = Sequence[Effect]
+
+
+class NodeCore(Protocol):
+    """next_tick_ns: steady time at which `tick` wants to be called; read after every call."""
+
+    name: str
+    subscriptions: Sequence[Endpoint]
+    publications: Sequence[Endpoint]
+    next_tick_ns: int
+
+    def on_message(self, topic: str, message: Message, now: Now) -> Effects:
+        """now.steady_ns is when the message was received."""
+        ...
+
+    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        """A message on `topic` was malformed or of an unsupported kind."""
+        ...
+
+    def on_result(self, name: str, value: Any, now: Now) -> Effects: ...
+
+    def tick(self, now: Now) -> Effects: ...
+
+    def close(self, now: Now) -> Effects:
+        """Last words; called once, on every way out that lets code run."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data about the run, for the statistics file of the shell."""
+        ...
+
+
+class Periodic:
+    """Absolute deadlines of a fixed period: lateness never accumulates; periods slept through are counted, not run."""
+
+    def __init__(self, period_ns: int, start_ns: int = 0):
+        self.period_ns, self.next_ns, self.skipped = period_ns, start_ns, 0
+
+    def due(self, now_ns: int) -> int:
+        """Periods that ended since the last call: 0 not yet, 1 on time, more when late. Advances past `now_ns`."""
+        if now_ns < self.next_ns:
+            return 0
+        if self.next_ns == 0:
+            self.next_ns = now_ns
+        count = (now_ns - self.next_ns) // self.period_ns + 1
+        self.next_ns += count * self.period_ns
+        self.skipped += count - 1
+        return int(count)

@@ -1,0 +1,284 @@
+"""Policy node: cameras, joint states and an instruction in; action chunks and a heartbeat out.
+
+    python -m ros_nodes.policy_node --policy tabletop
+
+It answers requests of the command node: the newest synchronised observation that is not older than the request asks
+for goes to the policy, on a worker thread. Inputs that cannot be used (a camera of another size, NaN, a missing joint,
+no instruction) give no chunk; the heartbeat says why, and the node goes on. The heartbeat is sent by the thread that
+also receives, 20 times a second, and stays silent while one inference hangs for longer than `hang_limit_s`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ros_nodes.messages import (
+    ERROR,
+    OK,
+    WARN,
+    Image,
+    JointState,
+    Message,
+    Status,
+    Text,
+    chunk_to_trajectory,
+)
+from ros_nodes.node import (
+    CHUNK,
+    HEARTBEAT,
+    HEARTBEAT_PERIOD_NS,
+    INSTRUCTION,
+    JOINT_STATES,
+    REQUEST,
+    SENSOR,
+    STATE_VECTOR,
+    Effects,
+    Endpoint,
+    Job,
+    Now,
+    Periodic,
+    Send,
+)
+from ros_nodes.request import Request
+from vla.embodiment import Embodiment
+from vla.errors import ObservationError, TransportError, VlaError, explain
+from vla.policy import InferContext, InferResult, Policy, infer
+from vla.types import NS_PER_S, ActionChunk, Observation, check_instruction
+
+_FRAMES_KEPT = 8  # per camera: enough to find one that fits the other cameras
+_STATES_KEPT = 64  # 0.13 s at 500 Hz
+_LATENCIES_KEPT = 400
+
+
+class PolicyCore:
+    """policy: what infers. state: joint positions float64[D], in command order, to float32[S]; None when the robot
+    publishes its state vector on /state (embodiments without a kinematic model).
+
+    slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation.
+    hang_limit_s: an inference that takes longer silences the heartbeat.
+    """
+
+    name = "vla_policy"
+
+    def __init__(
+        self,
+        policy: Policy,
+        state: Callable[[np.ndarray], np.ndarray] | None,
+        slop_s: float = 0.02,
+        max_age_s: float = 0.5,
+        hang_limit_s: float = 1.0,
+    ):
+        self._policy, self._state_of = policy, state
+        self._robot: Embodiment = policy.embodiment
+        self._slop_ns, self._max_age_ns = round(slop_s * NS_PER_S), round(max_age_s * NS_PER_S)
+        self._hang_ns = round(hang_limit_s * NS_PER_S)
+        self._cameras = {camera.topic: camera for camera in self._robot.cameras}
+        source = JOINT_STATES if state is not None else STATE_VECTOR
+        self._state_names = self._robot.command_names if state is not None else self._robot.state_names
+        self.subscriptions = (
+            *(Endpoint(topic, Image.type_name, SENSOR) for topic in self._cameras),
+            source,
+            INSTRUCTION,
+            REQUEST,
+        )
+        self.publications = (CHUNK, HEARTBEAT)
+        self._beat = Periodic(HEARTBEAT_PERIOD_NS)
+        self._frames: dict[str, deque[tuple[int, np.ndarray]]] = {
+            camera.name: deque(maxlen=_FRAMES_KEPT) for camera in self._robot.cameras
+        }
+        self._states: deque[tuple[int, np.ndarray]] = deque(maxlen=_STATES_KEPT)
+        self._instruction = ""
+        self._faults: dict[str, str] = {"instruction": "no instruction yet on /vla/instruction"}
+        self._waiting: Request | None = None
+        self._running: tuple[Request, int] | None = None
+        self._episode: int | None = None
+        self._previous: tuple[int, InferResult] | None = None
+        self._chunks = 0
+        self._latencies_ms: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._last: dict[str, str] = {}
+        self._refused = 0
+
+    @property
+    def next_tick_ns(self) -> int:
+        return self._beat.next_ns
+
+    # ---- messages in ----
+    def on_message(self, topic: str, message: Message, now: Now) -> Effects:
+        if isinstance(message, Image):
+            self._on_image(topic, message)
+        elif isinstance(message, JointState):
+            self._on_state(message)
+        elif topic == INSTRUCTION.topic and isinstance(message, Text):
+            self._on_instruction(message.data)
+        elif topic == REQUEST.topic and isinstance(message, Text):
+            try:
+                self._waiting = Request.read(message)
+                self._faults.pop("request", None)
+            except TransportError as error:
+                self._faults["request"] = str(error)
+        return self._try_to_infer(now)
+
+    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        self._faults[self._cameras[topic].name if topic in self._cameras else topic] = reason
+        return ()
+
+    def _on_image(self, topic: str, message: Image) -> None:
+        camera = self._cameras[topic]
+        if message.pixels.shape[:2] != (camera.height, camera.width):
+            height, width = message.pixels.shape[:2]
+            self._frames[camera.name].clear()
+            self._faults[camera.name] = explain(
+                topic, f"{camera.height}x{camera.width}", f"{height}x{width}", "Set the camera to the policy's size."
+            )
+            return
+        self._faults.pop(camera.name, None)
+        self._frames[camera.name].append((message.stamp_ns, message.rgb()))
+
+    def _on_state(self, message: JointState) -> None:
+        fault = ""
+        index = {name: i for i, name in enumerate(message.names)}
+        missing = [name for name in self._state_names if name not in index]
+        if missing or len(message.positions) != len(message.names):
+            got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
+            fault = explain("joint states", f"positions of {list(self._state_names)}", got, "Fix the driver.")
+        else:
+            values = message.positions[[index[name] for name in self._state_names]]
+            if np.all(np.isfinite(values)):
+                self._states.append((message.stamp_ns, values))
+            else:
+                bad = [name for name, value in zip(self._state_names, values) if not np.isfinite(value)]
+                fault = explain("joint states", "finite positions", f"NaN or infinity in {bad}", "Fix the driver.")
+        if fault:
+            self._states.clear()  # an older, good state would hide that the source broke
+            self._faults["joint_states"] = fault
+        else:
+            self._faults.pop("joint_states", None)
+
+    def _on_instruction(self, text: str) -> None:
+        try:
+            self._instruction = check_instruction(text)
+            self._faults.pop("instruction", None)
+        except ObservationError as error:
+            self._instruction = ""
+            self._faults["instruction"] = str(error)
+
+    # ---- inference ----
+    def _try_to_infer(self, now: Now) -> Effects:
+        if self._waiting is None or self._running is not None or not self._instruction:
+            return ()
+        request = self._waiting
+        observation = self._observation(request.start_ns, now)
+        if observation is None:
+            return ()
+        self._waiting, self._running = None, (request, now.steady_ns)
+        return (Job("infer", lambda: self._infer(request, observation)),)
+
+    def _observation(self, not_before_ns: int, now: Now) -> Observation | None:
+        """The newest set of frames and state within `slop`; None, with the reason noted, when there is none."""
+        first, *others = self._frames.values()
+        nearest: list[np.ndarray] = []
+        for stamp, image in reversed(first):
+            if stamp < not_before_ns:
+                break
+            found = [_closest(frames, stamp, self._slop_ns) for frames in others]
+            values = _closest(self._states, stamp, self._slop_ns)
+            if values is None or any(f is None for f in found):
+                continue
+            if abs(now.stamp_ns - stamp) > self._max_age_ns:
+                age_s = (now.stamp_ns - stamp) / NS_PER_S
+                self._faults["clock"] = explain(
+                    "observation stamp", f"within {self._max_age_ns / NS_PER_S:g} s of now", f"{age_s:.3f} s old",
+                    "Synchronise the clocks of sensors and policy.",
+                )  # fmt: skip
+                return None
+            self._faults.pop("clock", None)
+            nearest = [image, *(f for f in found if f is not None)]
+            state = self._state_of(values) if self._state_of is not None else values.astype(np.float32)
+            return Observation(dict(zip(self._frames, nearest)), state, self._instruction, stamp)
+        return None
+
+    def _infer(self, request: Request, observation: Observation) -> tuple[InferResult, float]:
+        """On the worker thread, one at a time: only it touches the policy and the memory of the last chunk."""
+        begin = time.perf_counter()
+        if request.episode != self._episode:
+            self._policy.reset(request.seed)
+            self._episode, self._previous = request.episode, None
+        previous, ids = None, ()
+        if self._previous is not None and self._previous[0] == request.previous:
+            last = self._previous[1]
+            previous = ActionChunk(last.chunk.actions, request.previous_start_ns, last.chunk.period_s)
+            ids = last.report.ids
+        context = InferContext(
+            previous, ids, request.executed, request.committed, observation.stamp_ns, request.infer_seed
+        )
+        result = infer(self._policy, observation.check(), context)
+        if not np.all(np.isfinite(result.chunk.actions)):
+            raise ObservationError(explain("chunk", "finite actions", "NaN or infinity", "Check the bundle."))
+        result = replace(result, chunk=ActionChunk(result.chunk.actions, observation.stamp_ns, result.chunk.period_s))
+        return result, (time.perf_counter() - begin) * 1e3
+
+    def on_result(self, name: str, value: Any, now: Now) -> Effects:
+        assert self._running is not None
+        request, _ = self._running
+        self._running = None
+        if isinstance(value, Exception):
+            self._refused += 1
+            self._faults["inference"] = (
+                f"{type(value).__name__}: {value}" if not isinstance(value, VlaError) else str(value)
+            )
+            return self._try_to_infer(now)
+        self._faults.pop("inference", None)
+        result, latency_ms = value
+        self._previous = (self._chunks, result)
+        self._latencies_ms.append(latency_ms)
+        report = result.report
+        self._last = {
+            "passes": str(report.passes), "repaired": str(report.repaired), "tokens": str(len(report.ids)),
+            "confidence": f"{report.confidence:.3f}", "reused": report.reused,
+        }  # fmt: skip
+        chunk_id = f"{request.episode}/{request.number}/{self._chunks}"
+        self._chunks += 1
+        message = chunk_to_trajectory(result.chunk, self._robot.action_names, chunk_id)
+        return (Send(CHUNK.topic, message), *self._try_to_infer(now))
+
+    # ---- heartbeat ----
+    def tick(self, now: Now) -> Effects:
+        self._beat.due(now.steady_ns)
+        if self._running is not None and now.steady_ns - self._running[1] > self._hang_ns:
+            return ()
+        return (Send(HEARTBEAT.topic, self.status()),)
+
+    def status(self) -> Status:
+        """What the heartbeat says now."""
+        fault = "; ".join(self._faults.values())[:400]
+        level = OK if not fault else ERROR if "inference" in self._faults else WARN
+        return Status(level, self.name, fault or "ready", {**self._numbers(), **self._last}, self._robot.name)
+
+    def _numbers(self) -> dict[str, str]:
+        queue = int(self._waiting is not None) + int(self._running is not None)
+        numbers = {"queue": str(queue), "chunks": str(self._chunks), "failed": str(self._refused)}
+        if self._latencies_ms:
+            for key, share in (("p50", 50), ("p95", 95), ("p99", 99)):
+                numbers[f"latency_ms_{key}"] = f"{np.percentile(self._latencies_ms, share):.2f}"
+        return numbers
+
+    def close(self, now: Now) -> Effects:
+        return ()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "chunks": self._chunks,
+            "failed": self._refused,
+            "inference_ms": [round(x, 3) for x in self._latencies_ms],
+        }
+
+
+def _closest(items: deque[tuple[int, np.ndarray]], stamp_ns: int, slop_ns: int) -> np.ndarray | None:
+    best = min(items, key=lambda item: abs(item[0] - stamp_ns), default=None)
+    return best[1] if best is not None and abs(best[0] - stamp_ns) <= slop_ns else None

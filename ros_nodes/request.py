@@ -1,0 +1,89 @@
+"""The inference request of the command node to the policy node: JSON in a std_msgs/String, versioned.
+
+It carries what a decoder needs to know about execution (see vla.policy.InferContext), so that the policy node needs no
+view of the robot's commands. Numbers survive unchanged: float32 -> JSON -> float32 is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ros_nodes.messages import Text
+from vla.errors import TransportError, explain
+from vla.policy import InferContext
+
+VERSION = 1
+MAX_COMMITTED = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """episode, seed: of the episode; a new one resets the policy. number: running, per episode.
+
+    start_ns: oldest stamp an observation may have. previous: number of the chunk that runs (as the policy numbered it),
+    -1 for none; previous_start_ns: due time of its action 0. executed, committed (float32[C, A] or None): see
+    InferContext. infer_seed: randomness of this one inference.
+    """
+
+    episode: int
+    seed: int
+    number: int
+    start_ns: int
+    infer_seed: int = 0
+    previous: int = -1
+    previous_start_ns: int = 0
+    executed: int = 0
+    committed: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, context: InferContext, episode: int, seed: int, number: int, start_ns: int, previous: int) -> Request:
+        """From the scheduler's context; `previous` is the policy's number of the chunk that context.previous is."""
+        return cls(
+            episode, seed, number, start_ns, context.seed, -1 if context.previous is None else previous,
+            0 if context.previous is None else context.previous.start_ns, context.executed, context.committed,
+        )  # fmt: skip
+
+    def text(self) -> Text:
+        committed = None if self.committed is None else [[float(x) for x in row] for row in self.committed]
+        return Text.of(
+            v=VERSION, episode=self.episode, seed=self.seed, number=self.number, start_ns=self.start_ns,
+            infer_seed=self.infer_seed, previous=self.previous, previous_start_ns=self.previous_start_ns,
+            executed=self.executed, committed=committed,
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, message: Text) -> Request:
+        """Inverse of `text`. TransportError for another version, a missing key or a wrong kind of value."""
+        data = message.object()
+        if data.get("v") != VERSION:
+            raise TransportError(
+                explain("request.v", VERSION, data.get("v"), "Run command and policy node of one release.")
+            )
+        numbers = [_integer(data, key) for key in _KEYS]
+        raw = data.get("committed")
+        committed = None
+        if raw is not None:
+            try:
+                committed = np.array(raw, np.float32)
+            except (TypeError, ValueError) as error:
+                raise TransportError(
+                    explain("request.committed", "rows of numbers", str(raw)[:40], "See docs.")
+                ) from error
+            if committed.ndim != 2 or len(committed) > MAX_COMMITTED or not np.all(np.isfinite(committed)):
+                raise TransportError(
+                    explain("request.committed", f"finite float32[C <= {MAX_COMMITTED}, A]", committed.shape, "Fix it.")
+                )
+        return cls(*numbers, committed)
+
+
+_KEYS = ("episode", "seed", "number", "start_ns", "infer_seed", "previous", "previous_start_ns", "executed")
+
+
+def _integer(data: dict[str, Any], key: str) -> int:
+    value = data.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise TransportError(explain(f"request.{key}", "a 64-bit integer", repr(value)[:40], "Send every key."))
+    return value

@@ -1,0 +1,214 @@
+"""Runs a node core on the DDS wheel: receive thread, core thread (the caller's), worker thread.
+
+The receive thread only stores bytes, stamped; each topic keeps its newest `depth` messages, so a slow core sees fresh
+data instead of a backlog. The core thread decodes, calls the core and publishes. SIGINT and SIGTERM end the loop
+cleanly: the core says its last words, the statistics file is written, the node leaves the graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import resource
+import signal
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ros_nodes.messages import DISTROS, Clock, decode, encode
+from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Now, Send
+from ros_nodes.wire import Participant, Publisher
+from vla.errors import TransportError
+
+CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
+_WAKE, _RESULT = object(), object()
+_IDLE_NS = 200_000_000
+
+
+class GraphClock:
+    """Graph time. Wall: CLOCK_MONOTONIC plus one offset to the epoch, so it never jumps; processes started together
+    share the offset through an environment variable. Simulated: the newest /clock, 0 until the first."""
+
+    def __init__(self, simulated: bool = False):
+        self.simulated, self._simulated_ns = simulated, 0
+        given = os.environ.get(CLOCK_OFFSET_VARIABLE, "")
+        self._offset_ns = int(given) if given else time.time_ns() - time.monotonic_ns()
+
+    def now(self, steady_ns: int | None = None) -> Now:
+        steady = time.monotonic_ns() if steady_ns is None else steady_ns
+        return Now(self._simulated_ns if self.simulated else steady + self._offset_ns, steady)
+
+    def follow(self, stamp_ns: int) -> None:
+        self._simulated_ns = stamp_ns
+
+
+class WheelShell:
+    """One core in one participant. `run()` returns after SIGINT, SIGTERM or `stop()`."""
+
+    def __init__(
+        self,
+        core: NodeCore,
+        domain: int | None = None,
+        network: str = "loopback",
+        distro: str = "jazzy",
+        use_sim_time: bool = False,
+        stats_path: Path | None = None,
+    ):
+        self.core, self.clock, self._distro, self._stats_path = core, GraphClock(use_sim_time), distro, stats_path
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._boxes: dict[str, deque[tuple[bytes, int]]] = {}
+        self._types: dict[str, str] = {}
+        self.counts: dict[str, dict[str, int]] = {"overrun": {}, "rejected": {}, "failed": {}}
+        self._stopping = False
+        self._participant = Participant(core.name, domain=domain, network=network, distro=distro)
+        self._publishers: dict[str, Publisher] = {
+            e.topic: self._participant.publisher(e.topic, e.type_name, e.quality) for e in core.publications
+        }
+        endpoints = list(core.subscriptions)
+        if use_sim_time and CLOCK.topic not in {e.topic for e in endpoints}:
+            endpoints.append(CLOCK)
+        for e in endpoints:
+            self._boxes[e.topic] = deque(maxlen=e.quality.depth)
+            self._types[e.topic] = e.type_name
+            self._participant.subscribe(e.topic, e.type_name, e.quality, self._receiver(e.topic))
+
+    def stop(self) -> None:
+        """Ask the loop to end; callable from any thread and from a signal handler."""
+        self._stopping = True
+        self._inbox.put(_WAKE)
+
+    def run(self) -> None:
+        worker = threading.Thread(target=self._work, name=f"{self.core.name}-worker", daemon=True)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+        worker.start()
+        self._participant.start()
+        try:
+            while not self._stopping:
+                self._step()
+        finally:
+            try:
+                self._perform(self.core.close(self.clock.now()))
+            finally:
+                self._jobs.put(None)
+                self._write_stats()
+                self._participant.close()
+
+    # ---- core thread ----
+    def _step(self) -> None:
+        wait_ns = min(self.core.next_tick_ns - time.monotonic_ns(), _IDLE_NS)
+        try:
+            item = self._inbox.get(timeout=wait_ns / 1e9) if wait_ns > 0 else self._inbox.get_nowait()
+        except queue.Empty:
+            item = _WAKE
+        if isinstance(item, str):
+            self._deliver(item)
+        elif isinstance(item, tuple):
+            _, name, value = item
+            self._perform(self.core.on_result(name, value, self.clock.now()))
+        # Checked after every message: a flood on one topic cannot starve the timer.
+        if time.monotonic_ns() >= self.core.next_tick_ns:
+            self._perform(self.core.tick(self.clock.now()))
+
+    def _deliver(self, topic: str) -> None:
+        try:
+            data, received_ns = self._boxes[topic].popleft()
+        except IndexError:  # overwritten by a newer message, which has its own turn
+            return
+        try:
+            message = decode(self._types[topic], data, self._distro)
+        except TransportError as error:
+            self._count("rejected", topic)
+            self._perform(self.core.on_reject(topic, str(error), self.clock.now(received_ns)))
+            return
+        if topic == CLOCK.topic and self.clock.simulated and isinstance(message, Clock):
+            self.clock.follow(message.stamp_ns)
+            if all(e.topic != topic for e in self.core.subscriptions):
+                return
+        self._perform(self.core.on_message(topic, message, self.clock.now(received_ns)))
+
+    def _perform(self, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                try:
+                    self._publishers[effect.topic].publish(encode(effect.message, self._distro))
+                except TransportError:
+                    self._count("failed", effect.topic)
+            else:
+                self._jobs.put(effect)
+
+    # ---- other threads ----
+    def _receiver(self, topic: str) -> Any:
+        box = self._boxes[topic]
+
+        def receive(data: bytes, received_ns: int) -> None:
+            if len(box) == box.maxlen:
+                self._count("overrun", topic)
+            box.append((data, received_ns))
+            self._inbox.put(topic)
+
+        return receive
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                value = job.run()
+            except Exception as error:  # the core decides what a failed job means
+                value = error
+            self._inbox.put((_RESULT, job.name, value))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop()
+
+    # ---- statistics ----
+    def _count(self, kind: str, topic: str) -> None:
+        self.counts[kind][topic] = self.counts[kind].get(topic, 0) + 1
+
+    def stats(self) -> dict[str, Any]:
+        """Messages per topic (sent, received, lost by DDS, overrun here, rejected), CPU seconds, peak memory in MB."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        subscriptions = self._participant.subscriptions
+        return {
+            "node": self.core.name,
+            "sent": {p.topic: p.sent for p in self._participant.publishers},
+            "received": {s.topic: s.received for s in subscriptions},
+            "lost": {s.topic: s.lost for s in subscriptions},
+            **self.counts,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_rss_mb": usage.ru_maxrss / 1024,
+            "summary": self.core.summary(),
+        }
+
+    def _write_stats(self) -> None:
+        if self._stats_path is None:
+            return
+        self._stats_path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._stats_path.with_name(self._stats_path.name + ".part")
+        part.write_text(json.dumps(self.stats(), indent=1))
+        part.replace(self._stats_path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options every node has."""
+    group = parser.add_argument_group("ROS 2 graph")
+    group.add_argument("--domain", type=int, help="ROS domain (default: ROS_DOMAIN_ID, else 0)")
+    group.add_argument(
+        "--network",
+        default="loopback",
+        help="loopback (default): this machine only; auto: as CYCLONEDDS_URI or the DDS default says; or an interface",
+    )
+    group.add_argument("--distro", choices=DISTROS, default="jazzy", help="ROS 2 distribution of the peers")
+    group.add_argument("--use-sim-time", action="store_true", help="follow /clock instead of the wall clock")
+    group.add_argument("--stats", type=Path, metavar="FILE", help="write message counts and timings here at the end")
+
+
+def run(core: NodeCore, options: argparse.Namespace) -> None:
+    """Run `core` with the options of `add_arguments` until SIGINT or SIGTERM."""
+    WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats).run()
