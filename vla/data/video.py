@@ -38,7 +38,7 @@ class VideoCodec:
         return {"crf": str(self.crf), "g": str(self.gop), **dict(self.options)}
 
 
-# h264: small images, collected here: fast both ways and nearly exact. av1: what the `lerobot` package writes by default.
+# h264: for small images, fast both ways and nearly exact. av1: what the `lerobot` package writes by default.
 CODECS = {
     "h264": VideoCodec("h264", "libx264", "yuv444p", 16, 10, (("preset", "ultrafast"), ("bf", "0"))),
     "h264_420": VideoCodec("h264", "libx264", "yuv420p", 18, 10, (("preset", "veryfast"), ("bf", "0"))),
@@ -59,7 +59,10 @@ def codec(name: str) -> VideoCodec:
 
 
 def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCodec) -> int:
-    """Write frames (uint8[H, W, 3] each) as an mp4 clip, atomically; returns how many. One encoder thread: bytes repeat."""
+    """Write frames (uint8[H, W, 3] each) as an mp4 clip, atomically; returns how many.
+
+    One encoder thread, so that equal frames give equal bytes.
+    """
     temporary = path.with_name(path.name + ".part")
     count = 0
     with av.open(str(temporary), "w", format="mp4") as container:
