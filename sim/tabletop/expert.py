@@ -1,0 +1,141 @@
+"""A scripted expert with privileged knowledge of object poses, for collecting demonstrations.
+
+It reads the phase off the present state (gripper opening, what is between the fingers, where the object is) instead of
+counting steps, so a policy cloned from single observations can follow it and can recover. Motions are proportional
+with a speed cap and an acceleration limit, which keeps the action chunks smooth. Heights follow *funnels*: the tool
+may be low only where it is horizontally aligned, which turns "hover, then descend" into one continuous function.
+All speeds are in metres per second, so that the expert runs at any control rate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sim.tabletop import tasks
+from sim.tabletop.environment import TabletopEnvironment
+from sim.tabletop.scene import HALF_HEIGHT_M, HALF_WIDTH_M
+
+CRUISE_M_S = 0.42
+PUSH_M_S = 0.26
+_ACCELERATION_S = 0.15  # from rest to cruise
+_TIME_CONSTANT_S = 0.09
+_OPEN_M = 0.066
+_HELD_M = 2 * HALF_WIDTH_M + 0.006
+_CLEAR_M = 0.075  # height above the table's highest neighbour while travelling
+_FUNNEL_SLOPE = 2.2
+_UPRIGHT_DEADBAND_RAD = 0.03
+_BEHIND_M = 0.072  # tool to object centre, before a push
+_PUSH_HEIGHT_M = 0.018
+
+
+class Expert:
+    """`action()` for the present state of `environment`; deterministic, restarted by `reset()` after each reset.
+
+    step_cap: float32[7], the largest clean action per step; zero where the expert is not to be disturbed.
+    """
+
+    def __init__(self, environment: TabletopEnvironment):
+        self.environment = environment
+        period = environment.embodiment.period_s
+        self._period = period
+        self._gain = 1.0 - float(np.exp(-period / _TIME_CONSTANT_S))
+        self._open = environment.embodiment.gripper_open
+        cap = CRUISE_M_S * period
+        self.step_cap = np.array([cap, cap, cap, 0, 0, 0, 0], np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        self._last = np.zeros(3)
+
+    def noise(self, rng: np.random.Generator, level: float = 0.3) -> np.ndarray:
+        """Disturbance float32[7] to execute on top of a clean action (DART, Laskey et al. 2017, arXiv:1703.09327).
+
+        Gaussian, `level` of the step cap while cruising and a quarter of that where the arm works slowly: an error
+        model of a cloned policy errs in proportion to what it does.
+        """
+        share = 0.25 + 0.75 * min(1.0, float(np.linalg.norm(self._last)) / float(self.step_cap[0]))
+        return (rng.standard_normal(7) * level * share * self.step_cap).astype(np.float32)
+
+    def action(self) -> np.ndarray:
+        """float32[A]: (dx, dy, dz, drx, dry, drz, gripper) in the base frame, for one control period."""
+        environment = self.environment
+        positions = environment.scene.joint_positions()
+        tool = environment.kinematics.forward(positions)[0]
+        rotation = environment.kinematics.state(positions)[3:6].astype(np.float64)
+        plan = self._push if environment.goal.family == "push" else self._carry
+        error, gripper, speed = plan(tool, float(positions[-1]))
+        move = self._gain * error
+        move *= min(1.0, speed * self._period / max(1e-9, float(np.linalg.norm(move))))
+        change = move - self._last
+        limit = CRUISE_M_S * self._period * min(1.0, self._period / _ACCELERATION_S)
+        move = self._last + change * min(1.0, limit / max(1e-9, float(np.linalg.norm(change))))
+        self._last = move
+        # Exactly zero while upright: a dimension that never moves costs the tokenizer nothing.
+        turn = np.zeros(3) if np.linalg.norm(rotation) < _UPRIGHT_DEADBAND_RAD else -0.3 * rotation
+        return np.concatenate([move, turn, [gripper * self._open]]).astype(np.float32)
+
+    # ---- pick_place and stack ----
+    def _carry(self, tool: np.ndarray, opening: float) -> tuple[np.ndarray, float, float]:
+        scene, goal = self.environment.scene, self.environment.goal
+        thing = scene.object_position(goal.object)
+        place = tasks.destination(scene, goal)
+        offset = tool - thing
+        between = abs(offset[1]) < 0.02 and abs(offset[0]) < 0.018 and abs(offset[2]) < 0.025
+        held = between and opening < _HELD_M
+
+        if tasks.at_destination(scene, goal, slack=0.8) and (not held or abs(thing[2] - place[2]) < 0.006):
+            # Let go, and rise once the fingers are clear.
+            clear = np.clip((opening - _HELD_M - 0.006) / 0.012, 0.0, 1.0) if between else 1.0
+            return np.array([0.0, 0.0, clear * max(0.0, place[2] + 0.12 - tool[2])]), 1.0, CRUISE_M_S
+        if held:
+            return self._bring(tool, thing, place), -1.0, CRUISE_M_S
+        # Reach for it.
+        error = thing - tool
+        aside = float(np.linalg.norm(error[:2]))
+        aligned = abs(error[0]) < 0.010 and abs(error[1]) < 0.012 and abs(error[2]) < 0.012
+        if aligned or (between and opening < _OPEN_M and abs(offset[2]) < 0.012):
+            return np.array([error[0], error[1], error[2]]), -1.0, 0.1 * CRUISE_M_S
+        top = HALF_HEIGHT_M[scene.movable[goal.object].shape]
+        height = np.clip(_FUNNEL_SLOPE * (aside - 0.008), 0.0, top + 0.045)
+        if opening < _OPEN_M:
+            height = max(height, min(top + 0.045, 0.06))
+        error[2] += height
+        return _level_first(error, tool[2] - thing[2], top + 0.03), 1.0, CRUISE_M_S
+
+    def _bring(self, tool: np.ndarray, thing: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Error of the tool that lifts, carries and lowers the held object to `place`."""
+        error = place - thing
+        aside = float(np.linalg.norm(error[:2]))
+        bottom = _CLEAR_M + HALF_HEIGHT_M["cube"]
+        lift = max(0.0, bottom + 0.012 - place[2] + 0.0) if place[2] < bottom else 0.05
+        error[2] += np.clip(_FUNNEL_SLOPE * (aside - 0.006), 0.0, lift)
+        return _level_first(error, thing[2], bottom - 0.01)
+
+    # ---- push ----
+    def _push(self, tool: np.ndarray, opening: float) -> tuple[np.ndarray, float, float]:
+        scene, goal = self.environment.scene, self.environment.goal
+        direction = np.append(np.array(tasks.DIRECTIONS[str(goal.target)]), 0.0)
+        thing = scene.object_position(goal.object)
+        thing[2] = _PUSH_HEIGHT_M
+        offset = tool - thing
+        along = float(offset @ direction)
+        across = offset - along * direction
+        lateral = float(np.linalg.norm(across[:2]))
+        low = offset[2] < 0.02
+        if low and -0.11 < along < -0.012 and lateral < 0.014 and opening < 0.02:
+            error = 0.08 * direction - across
+            return error, -1.0, PUSH_M_S
+        start = thing - _BEHIND_M * direction
+        error = start - tool
+        aside = float(np.linalg.norm(error[:2]))
+        height = np.clip(_FUNNEL_SLOPE * (aside - 0.010), 0.0, 0.085)
+        error[2] += height
+        return _level_first(error, offset[2], 0.07), -1.0, CRUISE_M_S
+
+
+def _level_first(error: np.ndarray, height: float, needed: float) -> np.ndarray:
+    """Hold back sideways motion while the tool is lower than the travel asks for, so that nothing is swept along."""
+    missing = np.clip(error[2] / max(1e-6, needed), 0.0, 1.0)
+    out = error.copy()
+    out[:2] *= (1.0 - missing) ** 2
+    return out
