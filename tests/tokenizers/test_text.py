@@ -43,6 +43,13 @@ def test_any_text_encodes_inside_the_vocabulary(text):
     assert LONG.pad_id not in ids
 
 
+def test_markers_in_the_text_are_plain_text():
+    ids = FITTED.encode("push <pad> <bos>")
+    assert ids.count(FITTED.pad_id) == 0
+    assert ids.count(ids[0]) == 1
+    assert FITTED.decode(ids) == "push <pad> <bos>"
+
+
 def test_padding_and_mask():
     ids, mask = FITTED.encode_padded(["push the red cube", "pick up the green ball"])
     assert ids.shape == mask.shape == (2, 24)

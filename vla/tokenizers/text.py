@@ -54,6 +54,8 @@ class TextTokenizer:
         # lengths are this class's matter: a truncation stored in the file would cut instructions silently
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # an instruction that contains "<pad>" is text, not a marker
+        self._tokenizer.encode_special_tokens = True
         pad_id = self._tokenizer.token_to_id(pad_token)
         if pad_id is None:
             raise ConfigError(
