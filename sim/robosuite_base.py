@@ -19,6 +19,7 @@ import numpy as np
 
 from sim.environment import LazyImages
 from sim.fast_render import thin_visual_meshes
+from sim.tabletop.rendering import OffscreenRenderer
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, SimulationError, explain, nearest
 from vla.resources import load_embodiment
@@ -49,7 +50,7 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         )
         self._image_size, self._fast_render = image_size, fast_render
         self._robosuite: Any = None
-        self._renderer: mujoco.Renderer | None = None
+        self._renderer: OffscreenRenderer | None = None
         self._images: LazyImages | None = None
         self._steps: int | None = None  # None until the first reset: stepping is refused
         self._success = False
@@ -247,11 +248,15 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         if self._renderer is None:
             if self._fast_render:
                 self._model.vis.quality.offsamples = 0
-            self._renderer = mujoco.Renderer(self._model, self._image_size, self._image_size, max_geom=2000)
-        option = mujoco.MjvOption()
-        option.geomgroup[COLLISION_GROUP] = 0
-        self._renderer.update_scene(self._data, CAMERA_NAMES[camera], option)
-        return np.ascontiguousarray(self._renderer.render()[:, ::-1])
+            self._renderer = OffscreenRenderer(
+                self._model,
+                self._image_size,
+                self._image_size,
+                full=True,
+                hidden_groups=(COLLISION_GROUP,),
+                max_geoms=2000,
+            )
+        return np.ascontiguousarray(self._renderer.render(self._data, CAMERA_NAMES[camera])[:, ::-1])
 
     def _close_renderer(self) -> None:
         if self._renderer is not None:

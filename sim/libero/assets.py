@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from sim.tabletop.rendering import backend
 from vla.errors import SimulationError, explain
 
 ASSETS_VARIABLE = "VLA_LIBERO_ASSETS"
@@ -104,24 +105,21 @@ def unavailable_reason(*, assets: bool = True) -> str:
 
 
 def import_robosuite() -> ModuleType:
-    """Import robosuite quietly, on the GL backend that MUJOCO_GL names (osmesa when it names none).
+    """Import robosuite quietly, on the GL backend that the cameras use.
 
-    robosuite overwrites an unset MUJOCO_GL with `egl` while it is imported.
+    robosuite loads a GL library while it is imported, whether or not anything is rendered, and overwrites an unset
+    MUJOCO_GL with `egl`: the choice is made here, once, and written down for both.
     """
     if missing_packages():
         raise SimulationError(explain("robosuite", "installed packages", f"{missing_packages()} missing", SETUP_REMEDY))
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    os.environ["MUJOCO_GL"] = backend()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
         return importlib.import_module("robosuite")
-    except ImportError as error:
-        raise SimulationError(f"robosuite cannot be imported: {error}. {SETUP_REMEDY}") from error
-    except AttributeError as error:  # what PyOpenGL raises when libOSMesa or libEGL is absent
-        backend = os.environ["MUJOCO_GL"]
-        library = {"osmesa": "libosmesa6", "egl": "libegl1"}.get(backend, "libosmesa6")
+    except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when its library cannot be loaded
         raise SimulationError(
-            f"MUJOCO_GL={backend}: the offscreen GL library cannot be loaded ({error}). "
-            f"Install it (`apt-get install {library}`), or choose another MUJOCO_GL: osmesa or egl."
+            f"robosuite cannot be imported (MUJOCO_GL={backend()}): {error!r}. {SETUP_REMEDY} If a GL library is absent: "
+            "apt-get install -y libosmesa6 (or libegl1)."
         ) from error
 
 
