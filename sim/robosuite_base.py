@@ -138,7 +138,9 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
                 )
             )
         if not np.all(np.isfinite(values)):
-            raise SimulationError(explain("command", "finite values", values.tolist(), "The gate should have stopped it."))
+            raise SimulationError(
+                explain("command", "finite values", values.tolist(), "The gate should have stopped it.")
+            )
         self._robosuite.step(np.clip(values, -1.0, 1.0))
         self._steps += 1
         self._success = bool(self._robosuite._check_success())
@@ -168,7 +170,9 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
     def scene(self) -> Any:
         """The robosuite environment: simulator state, for scripted experts only, never for a policy."""
         if self._steps is None:
-            raise SimulationError(explain("scene", "a reset environment", "no reset yet", "Call reset(seed=...) first."))
+            raise SimulationError(
+                explain("scene", "a reset environment", "no reset yet", "Call reset(seed=...) first.")
+            )
         return self._robosuite
 
     # ---- inside ----
@@ -210,7 +214,9 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
                 return
             except RandomizationError:
                 continue
-        raise SimulationError(f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed.")
+        raise SimulationError(
+            f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed."
+        )
 
     @property
     def _model(self) -> mujoco.MjModel:

@@ -62,7 +62,9 @@ def check_assets(folder: Path, origin: str) -> Path:
         raise SimulationError(explain(origin, "the folder of the LIBERO assets", f"{folder}, absent", ASSETS_REMEDY))
     missing = [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
     if missing:
-        raise SimulationError(explain(origin, f"sub-folders {list(ASSET_FOLDERS)}", f"{missing} missing", ASSETS_REMEDY))
+        raise SimulationError(
+            explain(origin, f"sub-folders {list(ASSET_FOLDERS)}", f"{missing} missing", ASSETS_REMEDY)
+        )
     return folder.resolve()
 
 

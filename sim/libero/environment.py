@@ -101,7 +101,9 @@ class LiberoEnvironment(RobosuiteArm):
         states = self.initial_states()
         if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < len(states):
             raise ConfigError(
-                explain("init_state", f"0 to {len(states) - 1}", chosen, "Leave it out to draw the scene from the seed.")
+                explain(
+                    "init_state", f"0 to {len(states) - 1}", chosen, "Leave it out to draw the scene from the seed."
+                )
             )
         if states.shape[1] != self._model.nq + self._model.nv + 1:
             raise SimulationError(

@@ -145,8 +145,12 @@ def _remember(folder: Path) -> None:
 
 def _try_import(assets: Path) -> None:
     """In a fresh process: packages installed a moment ago are not seen reliably by the one that installed them."""
-    code = "import sys; from sim.libero.assets import import_libero; import_libero(sys.argv[1]); import libero.libero.envs"
-    done = subprocess.run([sys.executable, "-c", code, str(assets)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    code = (
+        "import sys; from sim.libero.assets import import_libero; import_libero(sys.argv[1]); import libero.libero.envs"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(assets)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-3:])
         raise SimulationError(f"the LIBERO packages are installed but cannot be imported:\n{tail}\nRun `vla doctor`.")
@@ -156,7 +160,9 @@ def _constraints(named: str | Path | None) -> Path | None:
     """The constraints file: the one named, else the project's own when this is a checkout, else none."""
     if named is not None:
         if not Path(named).is_file():
-            raise SimulationError(explain("constraints", "a pip constraints file", f"{named}, absent", "Check the path."))
+            raise SimulationError(
+                explain("constraints", "a pip constraints file", f"{named}, absent", "Check the path.")
+            )
         return Path(named)
     own = Path(__file__).resolve().parents[2] / "constraints.txt"
     return own if own.is_file() else None
