@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 
 class Expert(Protocol):
-    """Reads simulator state, which no policy can. `act` is what it would do now, whatever was executed before."""
+    """Reads simulator state, which no policy can. `action` is what it would do now, whatever was executed before."""
 
     def reset(self) -> None:
         """Plan anew for the scene as it stands, right after the environment was reset."""
         ...
 
-    def act(self) -> np.ndarray:
+    def action(self) -> np.ndarray:
         """float32[A] in physical units."""
         ...
 
 
 # environment -> "module:constructor"; the constructor takes the environment
 EXPERTS = {
-    "tabletop": "sim.tabletop.expert:TabletopExpert",
+    "tabletop": "sim.tabletop.expert:Expert",
     "libero_spatial": "sim.libero.expert:LiberoExpert",
     "libero_object": "sim.libero.expert:LiberoExpert",
     "libero_goal": "sim.libero.expert:LiberoExpert",
@@ -73,15 +73,14 @@ class Noise:
     """Bursts of perturbation.
 
     fraction: share of the episodes that have any. level_min, level_max: range of an episode's strength, 1 moving the
-    tool by about `translation_m` and `rotation_rad` per step (`normalised` for actions in [-1, 1]). gap_steps: mean
-    number of steps between bursts. length_min, length_max: steps of a burst. The gripper is never perturbed.
+    tool by about `translation_m` per step (`normalised` for actions in [-1, 1]). gap_steps: mean number of steps between
+    bursts. length_min, length_max: steps of a burst. Rotation and gripper are not perturbed.
     """
 
     fraction: float = 0.8
     level_min: float = 0.3
     level_max: float = 1.0
     translation_m: float = 0.010
-    rotation_rad: float = 0.03
     normalised: float = 0.3
     gap_steps: float = 20.0
     length_min: int = 2
@@ -165,10 +164,9 @@ class Perturbation:
         self._noise = noise
         active = self._rng.random() < noise.fraction
         self.level = float(self._rng.uniform(noise.level_min, noise.level_max)) if active else 0.0
-        scale = {"m": noise.translation_m, "rad": noise.rotation_rad}
         self._scale = np.array(
             [
-                0.0 if name == "gripper" else scale.get(unit, noise.normalised)
+                0.0 if name not in ("dx", "dy", "dz") else noise.translation_m if unit == "m" else noise.normalised
                 for name, unit in zip(embodiment.action_names, embodiment.action_units)
             ]
         )
@@ -219,7 +217,7 @@ def run_expert(
         if render:
             for name in embodiment.camera_names:
                 frames[f"observation.images.{name}"].append(np.array(observation.images[name]))
-        action = np.asarray(expert.act(), np.float32)
+        action = np.asarray(expert.action(), np.float32)
         executed, differs = perturbation.apply(action)
         states.append(np.array(observation.state, np.float32))
         actions.append(action)
@@ -310,7 +308,8 @@ def collect(config: CollectConfig, progress: bool = True) -> CollectReport:
         return _finished(out, config)
     environment = make(config.env, **config.env_options)
     try:
-        embodiment, tasks = environment.embodiment, tuple(environment.tasks)
+        embodiment = environment.embodiment
+        tasks = tuple(task for task in environment.tasks if task != "all")
     finally:
         environment.close()
     if config.task != "all":
@@ -339,7 +338,8 @@ def _run_seeds(
     limit = 20 + 3 * config.episodes  # an expert that fails more often than this is broken
     results: dict[int, int] = {}
     pending: dict[concurrent.futures.Future[tuple[int, int]], int] = {}
-    following, settled, kept, frames = config.seed, config.seed, [], 0
+    kept: list[int] = []
+    following, settled, frames = config.seed, config.seed, 0
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # workers are the parallelism; inherited by the spawned processes
     pool = concurrent.futures.ProcessPoolExecutor(

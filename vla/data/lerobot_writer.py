@@ -96,7 +96,7 @@ def write_shard(
         for key in spec.cameras:
             video.encode(temporary / f"{key}.mp4", arrays[key], spec.fps, chosen)
             stored[f"histogram/{key}"] = image_histogram(arrays[key])
-        np.savez(temporary / "arrays.npz", **stored)
+        np.savez(temporary / "arrays.npz", **stored)  # type: ignore[arg-type]  # numpy 2.x stub
         record = {"task": task, "length": length, "extra": dict(extra or {})}
         (temporary / "episode.json").write_text(json.dumps(record))
         os.replace(temporary, folder)

@@ -45,7 +45,7 @@ class Windows:
         return len(self._actions)
 
     def rows(self, frames: np.ndarray, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """frames: int[B] -> rows int64[B, len(offsets)] inside the episode, and whether each is where it was asked for."""
+        """frames: int[B] -> rows int64[B, len(offsets)] inside the episode, and whether each is the one asked for."""
         wanted = np.asarray(frames)[:, None] + np.asarray(offsets, np.int64)[None]
         inside = np.clip(wanted, self._first[frames][:, None], self._last[frames][:, None])
         return inside, inside == wanted
