@@ -23,9 +23,10 @@ _OPEN_M = 0.066
 _HELD_M = 2 * HALF_WIDTH_M + 0.006
 _CLEAR_M = 0.075  # height above the table's highest neighbour while travelling
 _FUNNEL_SLOPE = 2.2
-_UPRIGHT_DEADBAND_RAD = 0.03
+_UPRIGHT_DEADBAND_RAD = 0.08
 _BEHIND_M = 0.072  # tool to object centre, before a push
-_PUSH_HEIGHT_M = 0.018
+_PUSH_HEIGHT_M = 0.027
+_GRASP_ABOVE_M = 0.005  # tool over the object's centre when grasping: the finger tips stay clear of the table
 
 
 class Expert:
@@ -79,7 +80,8 @@ class Expert:
         scene, goal = self.environment.scene, self.environment.goal
         thing = scene.object_position(goal.object)
         place = tasks.destination(scene, goal)
-        offset = tool - thing
+        grasp = thing + np.array([0.0, 0.0, _GRASP_ABOVE_M])
+        offset = tool - grasp
         between = abs(offset[1]) < 0.02 and abs(offset[0]) < 0.018 and abs(offset[2]) < 0.025
         held = between and opening < _HELD_M
 
@@ -90,7 +92,7 @@ class Expert:
         if held:
             return self._bring(tool, thing, place), -1.0, CRUISE_M_S
         # Reach for it.
-        error = thing - tool
+        error = grasp - tool
         aside = float(np.linalg.norm(error[:2]))
         aligned = abs(error[0]) < 0.010 and abs(error[1]) < 0.012 and abs(error[2]) < 0.012
         if aligned or (between and opening < _OPEN_M and abs(offset[2]) < 0.012):
@@ -100,7 +102,7 @@ class Expert:
         if opening < _OPEN_M:
             height = max(height, min(top + 0.045, 0.06))
         error[2] += height
-        return _level_first(error, tool[2] - thing[2], top + 0.03), 1.0, CRUISE_M_S
+        return _level_first(error, offset[2], top + 0.03), 1.0, CRUISE_M_S
 
     def _bring(self, tool: np.ndarray, thing: np.ndarray, place: np.ndarray) -> np.ndarray:
         """Error of the tool that lifts, carries and lowers the held object to `place`."""

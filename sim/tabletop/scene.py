@@ -73,7 +73,12 @@ def build(robot: Path) -> mujoco.MjModel:
     visual.headlight.specular = [0.0, 0.0, 0.0]
     visual.map.znear = 0.005
     world = spec.worldbody
-    world.add_light(pos=[0.9, -0.4, 1.6], dir=[-0.3, 0.3, -1.0], diffuse=[0.45, 0.45, 0.45], specular=[0.0, 0.0, 0.0])
+    world.add_light(
+        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
+        dir=[-0.35, 0.25, -1.0],
+        diffuse=[0.45, 0.45, 0.45],
+        specular=[0.0, 0.0, 0.0],
+    )
     world.add_geom(
         name="table",
         type=mujoco.mjtGeom.mjGEOM_BOX,
@@ -83,7 +88,7 @@ def build(robot: Path) -> mujoco.MjModel:
         friction=[0.8, 0.02, 0.001],
     )
     # From the front and high above, facing the arm: +y is to the right, away from the base is towards the viewer.
-    world.add_camera(name="agentview", pos=[1.16, 0.0, 0.86], xyaxes=[0, 1, 0, -0.81, 0, 0.586], fovy=34.0)
+    world.add_camera(name="agentview", pos=[1.10, 0.0, 0.86], xyaxes=[0, 1, 0, -0.81, 0, 0.586], fovy=30.0)
     for index in range(PLATE_SLOTS):
         body = world.add_body(name=f"plate{index}", mocap=True, pos=[0, 0, -1])
         body.add_geom(

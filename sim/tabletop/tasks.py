@@ -117,7 +117,7 @@ def sample(family: str, rng: np.random.Generator) -> Layout:
         plate_colors = rng.permutation(list(COLORS))[:plates_wanted]
         plates = tuple(Placed("plate", str(color), *spot) for color, spot in zip(plate_colors, spots))
         movable = tuple(
-            Placed(shape, color, *spot, yaw=float(rng.uniform(-0.15, 0.15)))
+            Placed(shape, color, *spot, yaw=float(rng.uniform(-0.1, 0.1)))
             for (color, shape), spot in zip(names, spots[plates_wanted:])
         )
         goals = _goals(family, movable, plates)
@@ -132,7 +132,7 @@ def sample(family: str, rng: np.random.Generator) -> Layout:
 
 
 def _names(family: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(color, shape) of each object: the asked one, one of its colour, one of its shape; stacking needs a cube below."""
+    """(color, shape): the asked object, one of its colour, one of its shape; stacking needs a cube below."""
     colors = [str(color) for color in rng.permutation(list(COLORS))]
     shape, other = (SHAPES[i] for i in rng.permutation(2))
     names = [(colors[0], shape), (colors[0], other), (colors[1], shape)]
@@ -214,7 +214,7 @@ def destination(scene: Scene, goal: Goal) -> np.ndarray:
         return np.array([plate.x, plate.y, PLATE_HEIGHT_M + half])
     if goal.family == "stack":
         base = scene.object_position(int(goal.target))
-        return base + [0.0, 0.0, HALF_HEIGHT_M["cube"] + half]
+        return base + np.array([0.0, 0.0, HALF_HEIGHT_M["cube"] + half])
     placed = scene.movable[goal.object]
     return np.append(placed.xy + PUSH_DISTANCE_M * np.array(DIRECTIONS[str(goal.target)]), half)
 

@@ -123,7 +123,7 @@ class Kinematics:
         return np.clip(reference + step, self._lower, self._upper)
 
     def locate(self, position: np.ndarray, reference: np.ndarray, iterations: int = 60) -> np.ndarray:
-        """Joint positions [D] whose tool is at `position` [3] with the home orientation; no speed limit (for resets)."""
+        """Joint positions [D] with the tool at `position` [3] in the home orientation; no speed limit (for resets)."""
         _, rotation = self.forward(np.asarray(self.embodiment.home))
         goal = mink.SE3.from_rotation_and_translation(mink.SO3.from_matrix(rotation), np.asarray(position, np.float64))
         out = np.array(reference, np.float64)
