@@ -73,8 +73,8 @@ class Noise:
     """Bursts of perturbation.
 
     fraction: share of the episodes that have any. level_min, level_max: range of an episode's strength, 1 moving the
-    tool by about `translation_m` per step (`normalised` for actions in [-1, 1]). gap_steps: mean number of steps between
-    bursts. length_min, length_max: steps of a burst. Rotation and gripper are not perturbed.
+    tool by about `translation_m` per step (`normalised` for actions in [-1, 1]). gap_steps: mean number of steps from
+    burst to burst. length_min, length_max: steps of a burst. Rotation and gripper are not perturbed.
     """
 
     fraction: float = 0.8
