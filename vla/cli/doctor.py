@@ -83,15 +83,19 @@ def _versions() -> Check:
     path = Path(__file__).resolve().parents[2] / "constraints.txt"
     if not path.is_file():
         return Check("versions", FOUND, "installed without a checkout: constraints not compared")
+    from packaging.requirements import Requirement
+
     differing = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, wanted = line.partition("#")[0].partition(";")[0].strip().partition("==")
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        pin = Requirement(text)
         try:
-            have = version(name) if name else ""
+            have = version(pin.name)
         except PackageNotFoundError:
             continue
-        if name and have.partition("+")[0] != wanted:
-            differing.append(f"{name} {have} (tested: {wanted})")
+        if (pin.marker is None or pin.marker.evaluate()) and not pin.specifier.contains(have.partition("+")[0]):
+            differing.append(f"{pin.name} {have} (tested: {pin.specifier})")
     if differing:
         return Check("versions", BROKEN, "; ".join(differing), "pip install -e . -c constraints.txt")
     return Check("versions", FOUND, "as in constraints.txt")
