@@ -188,11 +188,13 @@ class FastTokenizer:
 
     def encode(self, actions: np.ndarray) -> list[int]:
         """float32[T, A], normalised -> ids. DataError for NaN, infinity or another shape."""
-        integers = _quantise(actions, self.scale)
-        if not self.byte_level:
-            integers = np.clip(integers, self.lower, self.upper)
-        codes = np.clip(integers - self.min_token, 0, _LAST_BEFORE_SURROGATES)
+        codes = np.clip(self.integers(actions) - self.min_token, 0, _LAST_BEFORE_SURROGATES)
         return self._bpe.encode("".join(map(chr, codes.ravel())), add_special_tokens=False).ids
+
+    def integers(self, actions: np.ndarray) -> np.ndarray:
+        """float32[T, A], normalised -> int64[T, A], the rounded coefficients before merging; rows are frequencies."""
+        integers = _quantise(actions, self.scale)
+        return integers if self.byte_level else np.clip(integers, self.lower, self.upper)
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:
         """Any ids -> finite, bounded float32[T, A], normalised; see `decode_report`."""
