@@ -49,7 +49,7 @@ CONTROL = Endpoint("/vla/control", Text.type_name)  # operator -> command node: 
 RESET = Endpoint("/sim/reset", Text.type_name)  # operator -> simulator: {"episode", "seed", "task", ...}
 SIM_STATUS = Endpoint("/sim/status", Text.type_name, LATCHED)
 JOINT_STATES = Endpoint("/joint_states", JointState.type_name)
-# The proprioceptive state vector itself, as JointState with the embodiment's state_names: for robots whose state cannot be
+# The proprioceptive state vector itself, as JointState with the state_names: for robots whose state cannot be
 # computed from joint positions here, because no kinematic model ships with them.
 STATE_VECTOR = Endpoint("/state", JointState.type_name)
 CLOCK = Endpoint("/clock", Clock.type_name, LATEST)

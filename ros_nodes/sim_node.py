@@ -1,0 +1,320 @@
+"""Simulator node: a simulated arm behind the topics of a real one. The only module here that imports `sim`.
+
+    python -m ros_nodes.sim_node --env tabletop
+    python -m ros_nodes.sim_node --env libero_object --task 3 --policy expert --use-sim-time
+
+It runs on its own time and never waits for commands. An environment that can be advanced in slices (tabletop) runs on
+wall time: 10 ms of physics at a time with the newest command, joint states after each, images at the control rate.
+Others (LIBERO, whose pictures take long on a CPU) step one control period of simulated time at a stated share of wall
+time; /clock and all stamps are then simulated time.
+
+Episodes: a JSON object on /sim/reset {"episode", "seed", "task"?, "instruction"?, "swap"?, "goal"?, "init_state"?} is
+answered on /sim/status, and the instruction is published, latched. Object poses and simulator state never leave this
+process: with `--policy expert` the privileged expert runs inside it and speaks on the policy's topics.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from ros_nodes.messages import (
+    OK,
+    Clock,
+    Image,
+    JointState,
+    Message,
+    Status,
+    Text,
+    Values,
+    chunk_to_trajectory,
+)
+from ros_nodes.node import (
+    CHUNK,
+    CLOCK,
+    HEARTBEAT,
+    HEARTBEAT_PERIOD_NS,
+    INSTRUCTION,
+    JOINT_STATES,
+    REQUEST,
+    RESET,
+    SENSOR,
+    SIM_STATUS,
+    STATE_VECTOR,
+    Effects,
+    Endpoint,
+    Now,
+    Periodic,
+    Send,
+)
+from ros_nodes.request import Request
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
+from vla.types import NS_PER_S, ActionChunk, Command, ControlMode, Observation
+
+SLICE_S = 0.01
+MAX_CATCH_UP = 5  # slices run at once after a delay; beyond it the arm loses time, which is counted
+SETTLE_NS = 100_000_000  # after a reset: commands meant for the last episode may still be on their way
+STATUS_PERIOD_NS = 500_000_000
+_RESET_KEYS = ("episode", "seed", "task", "instruction", "swap", "goal", "init_state")
+_RESULT_KEYS = ("moved", "object", "family")
+
+
+class SimCore:
+    """environment: of the contract in sim/environment.py. expert: answers requests in place of a policy node.
+
+    real_time_factor: simulated seconds per wall second; anything but 1, and any environment that cannot be advanced in
+    slices, runs on simulated time, which starts at 1 s and never jumps.
+    """
+
+    name = "vla_sim"
+
+    def __init__(self, environment: Any, expert: Any = None, real_time_factor: float = 1.0):
+        if not 0 < real_time_factor <= 1:
+            raise ConfigError(explain("rtf", "more than 0, at most 1", real_time_factor, "1 is wall time."))
+        self._env, self._expert = environment, expert
+        self._robot: Embodiment = environment.embodiment
+        self._sliced = hasattr(environment, "advance")
+        self.simulated_time = not self._sliced or real_time_factor != 1.0
+        self._factor = real_time_factor
+        self._slice_s = SLICE_S if self._sliced else self._robot.period_s
+        self._slice_ns = round(self._slice_s * NS_PER_S)
+        self._per_control = max(1, round(self._robot.period_s / self._slice_s))
+        self._command_topic = self._robot.command_topic or "/arm_controller/commands"
+        self.subscriptions = (
+            Endpoint(self._command_topic, Values.type_name),
+            RESET,
+            *((REQUEST,) if expert is not None else ()),
+        )
+        self.publications = (
+            *(Endpoint(camera.topic, Image.type_name, SENSOR) for camera in self._robot.cameras),
+            JOINT_STATES,
+            CLOCK,
+            INSTRUCTION,
+            SIM_STATUS,
+            *((STATE_VECTOR,) if self._robot.control_mode is ControlMode.OSC_DELTA else ()),
+            *((CHUNK, HEARTBEAT) if expert is not None else ()),
+        )
+        self._slices = Periodic(round(self._slice_ns / real_time_factor))
+        self._beat = Periodic(HEARTBEAT_PERIOD_NS)
+        self._reports = Periodic(STATUS_PERIOD_NS)
+        self._stamp_ns = NS_PER_S if self.simulated_time else 0
+        self._count = 0
+        # Operational-space deltas add up, so each is applied once, in order; a joint position stands until the next.
+        self._commands: deque[np.ndarray] = deque(maxlen=2 if self._robot.control_mode is ControlMode.OSC_DELTA else 1)
+        self._observation, self._info = environment.reset(seed=0)
+        self._status: dict[str, Any] = {"state": "idle", "episode": -1}
+        self._steps = self._received = self._refused = self._chunks = 0
+        self._started: tuple[int, int] | None = None  # (stamp, steady) of the first slice, for the measured factor
+        self._elapsed = (0, 0)
+
+    @property
+    def next_tick_ns(self) -> int:
+        return self._slices.next_ns
+
+    # ---- messages in ----
+    def on_message(self, topic: str, message: Message, now: Now) -> Effects:
+        if topic == self._command_topic and isinstance(message, Values):
+            self._on_command(message.data)
+        elif topic == RESET.topic and isinstance(message, Text):
+            return self._on_reset(message, now)
+        elif topic == REQUEST.topic and isinstance(message, Text):
+            return self._on_request(message)
+        return ()
+
+    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        self._refused += 1
+        return ()
+
+    def on_result(self, name: str, value: Any, now: Now) -> Effects:
+        return ()
+
+    def _on_command(self, values: np.ndarray) -> None:
+        self._received += 1
+        if self._status["state"] != "running" or self._stamp_ns < self._status["start_ns"]:
+            return
+        if values.shape != (len(self._robot.command_names),) or not np.all(np.isfinite(values)):
+            self._refused += 1
+            return
+        self._commands.append(values)
+
+    def _on_reset(self, message: Text, now: Now) -> Effects:
+        try:
+            wanted = message.object()
+            episode, seed = _integer(wanted, "episode"), _integer(wanted, "seed")
+            for key in wanted:
+                if key not in _RESET_KEYS:
+                    raise TransportError(f"{RESET.topic}: unknown key {key!r}. {nearest(key, _RESET_KEYS)}")
+            options = {k: wanted[k] for k in _RESET_KEYS[2:] if wanted.get(k) is not None}
+            self._observation, self._info = self._env.reset(seed=seed, options=options)
+            if self._expert is not None:
+                self._expert.reset()
+        except VlaError as error:
+            number = wanted.get("episode", -1) if "wanted" in locals() else -1
+            self._status = {"state": "error", "episode": number, "error": str(error)}
+            return (self._report(),)
+        self._commands.clear()
+        self._steps = 0
+        self._stamp(now)
+        # The episode starts on the image grid: control ticks and pictures then share their times, as in process.
+        control_ns = self._per_control * self._slice_ns
+        to_grid = -self._count % self._per_control * self._slice_ns
+        settle = 0 if self.simulated_time else -(-SETTLE_NS // control_ns) * control_ns
+        self._status = {
+            "state": "running",
+            "episode": episode,
+            "seed": seed,
+            "instruction": self._env.instruction,
+            "start_ns": self._stamp_ns + to_grid + settle,
+        }
+        return Send(INSTRUCTION.topic, Text(self._env.instruction)), self._report()
+
+    def _on_request(self, message: Text) -> Effects:
+        """The expert's answer: one action, for the state as it is now."""
+        try:
+            request = Request.read(message)
+        except TransportError:
+            self._refused += 1
+            return ()
+        if request.episode != self._status["episode"] or self._status["state"] != "running":
+            return ()
+        action = np.asarray(self._expert.act(), np.float32)[None]
+        chunk = ActionChunk(action, self._stamp_ns, self._robot.period_s)
+        chunk_id = f"{request.episode}/{request.number}/{self._chunks}"
+        self._chunks += 1
+        return (Send(CHUNK.topic, chunk_to_trajectory(chunk, self._robot.action_names, chunk_id)),)
+
+    # ---- time ----
+    def tick(self, now: Now) -> Effects:
+        count = self._slices.due(now.steady_ns)
+        if self._stamp_ns == 0:
+            self._stamp_ns = now.stamp_ns - self._slice_ns
+        effects: list[Send] = []
+        for _ in range(min(count, MAX_CATCH_UP) if not self.simulated_time else min(count, 1)):
+            effects += self._slice()
+        if not self.simulated_time:
+            # What could not be caught up is lost to the physics but not to the clock: stamps keep to wall time.
+            lost = max(0, count - MAX_CATCH_UP)
+            self._stamp_ns += lost * self._slice_ns
+            self._count += lost
+        if self._started is None:
+            self._started = (self._stamp_ns, now.steady_ns)
+        self._elapsed = (self._stamp_ns - self._started[0], now.steady_ns - self._started[1])
+        if self._reports.due(now.steady_ns):
+            effects.append(self._report())
+        if self._expert is not None and self._beat.due(now.steady_ns):
+            numbers = {"chunks": str(self._chunks), "queue": "0"}
+            effects.append(Send(HEARTBEAT.topic, Status(OK, "expert", "ready", numbers, self._robot.name)))
+        return effects
+
+    def _stamp(self, now: Now) -> None:
+        if self._stamp_ns == 0:
+            self._stamp_ns = now.stamp_ns
+
+    def _slice(self) -> list[Send]:
+        self._stamp_ns += self._slice_ns
+        self._count += 1
+        self._advance()
+        effects = [Send(CLOCK.topic, Clock(self._stamp_ns))]
+        names, positions, velocities = self._env.joint_state()
+        effects.append(Send(JOINT_STATES.topic, JointState(self._stamp_ns, tuple(names), positions, velocities)))
+        if self._count % self._per_control == 0:
+            effects += self._sensors()
+            effects += self._progress()
+        return effects
+
+    def _advance(self) -> None:
+        values = self._commands.popleft() if self._commands else None
+        if self._sliced:
+            command = None if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
+            self._env.advance(command, self._slice_s)
+        elif self._status["state"] == "running":
+            command = (
+                self._robot.stop() if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
+            )
+            self._observation, _, _, _, self._info = self._env.step(command)
+
+    def _sensors(self) -> list[Send]:
+        if self._sliced:
+            self._observation = self._env.observe()
+        observation: Observation = self._observation
+        out = []
+        if self._robot.control_mode is ControlMode.OSC_DELTA:
+            state = JointState(self._stamp_ns, self._robot.state_names, observation.state.astype(np.float64))
+            out.append(Send(STATE_VECTOR.topic, state))
+        for camera in self._robot.cameras:
+            out.append(Send(camera.topic, Image(self._stamp_ns, camera.name, "rgb8", observation.images[camera.name])))
+        return out
+
+    def _progress(self) -> list[Send]:
+        """Once per control period: has the episode ended?"""
+        if self._status["state"] != "running" or self._stamp_ns <= self._status["start_ns"]:
+            return []
+        self._steps += 1
+        info = self._env.info() if self._sliced else self._info
+        success = bool(info["success"])
+        if not success and self._steps < self._env.max_steps:
+            return []
+        result = {key: info[key] for key in _RESULT_KEYS if key in info}
+        self._status |= {"state": "done", "success": success, **result}
+        return [self._report()]
+
+    def _report(self) -> Send:
+        values = {"success": False, "done": self._status["state"] == "done", "steps": self._steps, **self._status}
+        return Send(SIM_STATUS.topic, Text.of(**values, rtf=round(self.measured_factor, 4), stamp_ns=self._stamp_ns))
+
+    @property
+    def measured_factor(self) -> float:
+        """Simulated seconds per wall second so far; 1 on wall time unless the machine cannot keep up."""
+        simulated, wall = self._elapsed
+        return simulated / wall if wall > 0 else self._factor
+
+    def close(self, now: Now) -> Effects:
+        self._env.close()
+        return ()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "commands": self._received,
+            "refused": self._refused,
+            "slices": self._count,
+            "slices_late": self._slices.skipped,
+            "rtf": self.measured_factor,
+        }
+
+
+def _integer(data: dict[str, Any], key: str) -> int:
+    value = data.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise TransportError(explain(f"{RESET.topic} {key}", "a whole number from 0", repr(value)[:40], "Send both."))
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from ros_nodes import wheel_shell
+    from sim.environment import make
+
+    parser = argparse.ArgumentParser("sim_node", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--env", default="tabletop", help="environment (default: tabletop)")
+    parser.add_argument("--task", help="task name or number (default: the environment's own)")
+    parser.add_argument("--rtf", type=float, help="simulated seconds per wall second (default: 1; LIBERO: 0.25)")
+    parser.add_argument("--policy", choices=("none", "expert"), default="none", help="expert: answer requests here")
+    wheel_shell.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    environment = make(options.env, **({"task": options.task} if options.task else {}))
+    expert = None
+    if options.policy == "expert":
+        from sim.collect import make_expert
+
+        expert = make_expert(options.env, environment)
+    factor = options.rtf if options.rtf is not None else 1.0 if hasattr(environment, "advance") else 0.25
+    core = SimCore(environment, expert, factor)
+    options.use_sim_time = False  # this node is the clock
+    wheel_shell.run(core, options)
+
+
+if __name__ == "__main__":
+    main()
