@@ -1,0 +1,404 @@
+"""The last function before actuation. Every command passes it: pass, reshape or stop, with a reason. numpy only.
+
+It fails closed: what it cannot judge (no joint state, no heartbeat, NaN, a stale stamp) is a stop. A stop is a brake
+at the acceleration limits followed by holding the last command; it is left only at rest, with healthy inputs and an
+action from a newer chunk than the one that was stopped. The reference of all limits is the Gate's own last command,
+not the noisy measurement; a measurement far from it is a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, ObservationError, explain
+from vla.runtime.limits import JointLimits, approach_speed, braked, rest_position, scale_into, velocity_bounds
+from vla.types import NS_PER_S, ControlMode
+
+MAX_PERIODS = 2.0  # a longer gap between ticks: the arm has come to rest at the last command, so velocity is zero
+
+
+class Verdict(IntEnum):
+    PASS = 0
+    RESHAPE = 1
+    STOP = 2
+
+
+class Reason(IntEnum):
+    """Why. Codes are stored in traces: append, never renumber."""
+
+    NONE = 0
+    VELOCITY = 1
+    ACCELERATION = 2
+    POSITION = 3
+    WORKSPACE = 4
+    SLEW = 5
+    TOOL_SPEED = 6
+    WAITING = 10
+    NO_ACTION = 11
+    ACTION_INVALID = 12
+    ACTION_STALE = 13
+    ACTION_EARLY = 14
+    JOINT_STATE_INVALID = 15
+    JOINT_STATE_STALE = 16
+    HEARTBEAT = 17
+    TRACKING = 18
+    CLOCK = 19
+    KINEMATICS = 20
+    OPERATOR = 21
+
+    @property
+    def text(self) -> str:
+        """One line for reports and /diagnostics."""
+        return _TEXT[self]
+
+
+_TEXT = {
+    Reason.NONE: "",
+    Reason.VELOCITY: "slowed down to the joint velocity limit",
+    Reason.ACCELERATION: "slowed down to the joint acceleration limit",
+    Reason.POSITION: "held inside the joint position limits",
+    Reason.WORKSPACE: "held inside the workspace box",
+    Reason.SLEW: "change per tick limited",
+    Reason.TOOL_SPEED: "slowed down to the tool speed limit",
+    Reason.WAITING: "waiting for the first chunk",
+    Reason.NO_ACTION: "no action is due",
+    Reason.ACTION_INVALID: "the action has NaN, infinity or a wrong length",
+    Reason.ACTION_STALE: "the action's due time has passed",
+    Reason.ACTION_EARLY: "the action is due in the future",
+    Reason.JOINT_STATE_INVALID: "joint state is missing, has NaN or a wrong length",
+    Reason.JOINT_STATE_STALE: "joint state is too old, or from the future",
+    Reason.HEARTBEAT: "the policy's heartbeat is silent",
+    Reason.TRACKING: "the arm is far from where it was commanded",
+    Reason.CLOCK: "the clock jumped back",
+    Reason.KINEMATICS: "inverse kinematics or tool position failed",
+    Reason.OPERATOR: "stopped by the operator",
+}
+# Pauses between actions, not faults: the arm brakes, and the next healthy action may go on at once.
+_UNLATCHED = (Reason.WAITING, Reason.NO_ACTION)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """values: float64[D], what may be sent. reason: NONE for a pass."""
+
+    verdict: Verdict
+    reason: Reason
+    values: np.ndarray
+
+
+def limit_tool(action: np.ndarray, embodiment: Embodiment, period_s: float) -> tuple[np.ndarray, bool]:
+    """Scale the motion of an end-effector delta so that the tool keeps its speed limits; True when it had to.
+
+    action: float[A]. Entries with unit m are translation, with unit rad rotation; both shrink by one common factor,
+    so that the tool stays on its screw motion. The gripper and non-finite actions are left as they are.
+    """
+    if embodiment.action_space != "ee_delta" or not np.all(np.isfinite(action)):
+        return action, False
+    units = np.array(embodiment.action_units)
+    factor = 1.0
+    for unit, limit in (("m", embodiment.max_tool_speed_m_s), ("rad", embodiment.max_tool_speed_rad_s)):
+        length = float(np.linalg.norm(action[units == unit]))
+        if length > limit * period_s:
+            factor = min(factor, limit * period_s / length)
+    if factor >= 1.0 - 1e-9:  # float32 actions at exactly the limit are within it
+        return action, False
+    return np.where((units == "m") | (units == "rad"), action * factor, action), True
+
+
+class Gate:
+    """One gate per arm. `reset` before the first `step`.
+
+    tool_position: q float64[D] -> float64[3], needed for the workspace box (without it the box must be infinite).
+    gripper: indices of gripper joints (by default those with "gripper" or "finger" in their name). They are limited
+    like every joint, but apart from the arm: an opening gripper neither slows the arm nor counts as a reshape.
+    Timeouts: age at which a joint state, a heartbeat or (max_action_age_s, default two periods) an action is a fault.
+    max_tracking_error: rad or m between measured and commanded arm joints.
+    slew_per_s: operational-space control only, change per second of the action values.
+    """
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        tool_position: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        gripper: tuple[int, ...] | None = None,
+        heartbeat_timeout_s: float = 0.15,
+        joint_state_timeout_s: float = 0.15,
+        max_action_age_s: float | None = None,
+        max_tracking_error: float = 0.5,
+        slew_per_s: float = 20.0,
+    ) -> None:
+        self.embodiment = embodiment
+        self._osc = embodiment.control_mode is ControlMode.OSC_DELTA
+        names = embodiment.command_names
+        if gripper is None:
+            gripper = tuple(i for i, name in enumerate(names) if "gripper" in name or "finger" in name)
+        self._is_gripper = np.isin(np.arange(len(names)), gripper)
+        self._arm, self._gripper = np.flatnonzero(~self._is_gripper), np.flatnonzero(self._is_gripper)
+        self._limits = None if self._osc else JointLimits.of(embodiment)
+        self._box = np.array([embodiment.workspace_lower, embodiment.workspace_upper], np.float64)
+        self._tool_position = tool_position
+        if not self._osc and np.any(np.isfinite(self._box)) and tool_position is None:
+            raise ConfigError(
+                explain(
+                    "tool_position", "a function q -> metres", "none", "The embodiment has a workspace box: pass FK."
+                )
+            )
+        period_s = embodiment.period_s
+        self._period_s = period_s
+        self._heartbeat_ns = round(heartbeat_timeout_s * NS_PER_S)
+        self._joint_state_ns = round(joint_state_timeout_s * NS_PER_S)
+        self._action_ns = round((2 * period_s if max_action_age_s is None else max_action_age_s) * NS_PER_S)
+        self._max_tracking_error = max_tracking_error
+        self._slew_per_s = slew_per_s
+        self._now_ns: int | None = None
+        self._command = np.zeros(len(names))
+        self._velocity = np.zeros(len(names))
+        self._forget()
+
+    # ---- state ----
+    def reset(self, positions: np.ndarray, now_ns: int) -> None:
+        """Start at rest from measured joint positions float64[D]; clears a stop. Call it only while the arm stands."""
+        if not self._osc:
+            self._command = self._checked(positions)
+        else:
+            self._command = np.zeros(len(self._command))
+        self._velocity = np.zeros(len(self._command))
+        self._now_ns = now_ns
+        self._forget()
+
+    def _forget(self) -> None:
+        self._latched = Reason.NONE
+        self._latched_chunk = self._newest_chunk = -1
+        self._last_target: np.ndarray | None = None
+
+    def _checked(self, positions: np.ndarray) -> np.ndarray:
+        values = np.array(positions, np.float64)
+        if values.shape != self._command.shape or not np.all(np.isfinite(values)):
+            raise ObservationError(
+                explain("positions", f"{len(self._command)} finite joint positions", values, "Check the joint states.")
+            )
+        return values
+
+    @property
+    def command(self) -> np.ndarray:
+        """float64[D], a copy of the last command: the configuration that deltas start from."""
+        return self._command.copy()
+
+    @property
+    def velocity(self) -> np.ndarray:
+        """float64[D], velocity of the last command."""
+        return self._velocity.copy()
+
+    @property
+    def stopped(self) -> Reason:
+        """The fault that holds the arm, NONE while it may move."""
+        return self._latched
+
+    @property
+    def at_rest(self) -> bool:
+        return not np.any(self._velocity)
+
+    # ---- one tick ----
+    def step(
+        self,
+        now_ns: int,
+        target: np.ndarray | None,
+        *,
+        due_ns: int = 0,
+        chunk_number: int = -1,
+        positions: np.ndarray | None = None,
+        positions_stamp_ns: int | None = None,
+        heartbeat_ns: int | None = None,
+        fault: Reason = Reason.NONE,
+    ) -> Decision:
+        """Judge one target and return what may be sent.
+
+        target: float64[D], joint positions or operational-space values; None when no action is due.
+        due_ns, chunk_number: of the action. positions: float64[D] measured, stamped positions_stamp_ns.
+        heartbeat_ns: when the policy last gave a sign of life. fault: a reason found upstream (or by the operator).
+        """
+        if self._now_ns is None:
+            raise ConfigError(explain("gate", "reset(positions, now_ns) first", "step()", "Give the gate a start."))
+        if now_ns < self._now_ns:
+            # No elapsed time can be told, so nothing moves this tick; braking goes on from the next.
+            self._now_ns = now_ns
+            self._latch(Reason.CLOCK)
+            return Decision(Verdict.STOP, Reason.CLOCK, self._command.copy())
+        self._newest_chunk = max(self._newest_chunk, chunk_number)
+        dt = (now_ns - self._now_ns) / NS_PER_S
+        self._now_ns = now_ns
+        if dt > MAX_PERIODS * self._period_s:
+            self._velocity = np.zeros(len(self._command))
+            dt = self._period_s
+
+        found = fault or self._fault(now_ns, target, due_ns, positions, positions_stamp_ns, heartbeat_ns)
+        if found and found not in _UNLATCHED:
+            self._latch(found)
+        elif self._latched:
+            fresh = target is not None and chunk_number > self._latched_chunk
+            if fresh and self.at_rest:
+                self._latched = Reason.NONE
+        reason = self._latched or found
+        if reason or target is None:
+            self._last_target = None
+            self._stop(dt)
+            return Decision(Verdict.STOP, reason or Reason.NO_ACTION, self._command.copy())
+        reason = self._follow_osc(target, dt) if self._osc else self._follow(np.asarray(target, np.float64), dt)
+        if reason is Reason.KINEMATICS:
+            self._latch(reason)
+            return Decision(Verdict.STOP, reason, self._command.copy())
+        return Decision(Verdict.RESHAPE if reason else Verdict.PASS, reason, self._command.copy())
+
+    def _fault(
+        self,
+        now_ns: int,
+        target: np.ndarray | None,
+        due_ns: int,
+        positions: np.ndarray | None,
+        stamp_ns: int | None,
+        heartbeat_ns: int | None,
+    ) -> Reason:
+        if heartbeat_ns is None or now_ns - heartbeat_ns >= self._heartbeat_ns:
+            return Reason.HEARTBEAT
+        if positions is None or stamp_ns is None or not np.all(np.isfinite(positions)):
+            return Reason.JOINT_STATE_INVALID
+        if abs(now_ns - stamp_ns) >= self._joint_state_ns:
+            return Reason.JOINT_STATE_STALE
+        if not self._osc:
+            if np.shape(positions) != self._command.shape:
+                return Reason.JOINT_STATE_INVALID
+            if np.max(np.abs(positions - self._command)[self._arm], initial=0.0) > self._max_tracking_error:
+                return Reason.TRACKING
+        if target is None:
+            return Reason.NO_ACTION
+        if np.shape(target) != self._command.shape or not np.all(np.isfinite(target)):
+            return Reason.ACTION_INVALID
+        if now_ns - due_ns > self._action_ns:
+            return Reason.ACTION_STALE
+        if due_ns - now_ns > self._period_s * NS_PER_S:
+            return Reason.ACTION_EARLY
+        return Reason.NONE
+
+    def _latch(self, reason: Reason) -> None:
+        # The first reason stays until the arm may move again: later ones are usually its consequences.
+        self._latched = self._latched or reason
+        self._latched_chunk = self._newest_chunk
+
+    def _stop(self, dt: float) -> None:
+        if self._limits is None:
+            self._command = np.zeros(len(self._command))
+            return
+        self._velocity = braked(self._velocity, self._limits, dt)
+        self._emit(dt)
+
+    def _emit(self, dt: float) -> None:
+        assert self._limits is not None
+        low = np.minimum(self._limits.lower, self._command)  # rounding only: the bounds keep q inside already
+        high = np.maximum(self._limits.upper, self._command)
+        self._command = np.minimum(np.maximum(self._command + self._velocity * dt, low), high)
+
+    # ---- joint positions ----
+    def _follow(self, target: np.ndarray, dt: float) -> Reason:
+        """Move towards `target` within all limits; returns what limited the arm, NONE when it arrives."""
+        assert self._limits is not None
+        limits, position = self._limits, self._command
+        if dt <= 0.0:
+            return Reason.ACCELERATION  # the same instant again: nothing may move
+        goal = np.minimum(np.maximum(target, limits.lower), limits.upper)
+        outside = bool(np.any((goal != target)[self._arm]))
+        wanted = (goal - position) / dt
+        low, high = velocity_bounds(position, self._velocity, limits, dt)
+        desired = self._desired(goal, wanted, dt)
+        velocity = np.empty_like(position)
+        velocity[self._arm], worst = scale_into(desired[self._arm], low[self._arm], high[self._arm])
+        fingers = self._gripper
+        velocity[fingers] = np.minimum(np.maximum(desired[fingers], low[fingers]), high[fingers])
+        reason = Reason.POSITION if outside else Reason.NONE
+        if worst >= 0:
+            reason = self._what_limits(int(self._arm[worst]), desired, dt)
+        elif not reason and np.any(np.abs(velocity - wanted)[self._arm] * dt > 1e-9):
+            reason = Reason.ACCELERATION  # slowing down ahead of a goal that it would overshoot
+        try:
+            allowed = self._inside_workspace(velocity, dt)
+        except Exception:  # whatever fails here must end in a brake, never in a dead control loop
+            self._stop(dt)
+            return Reason.KINEMATICS
+        if allowed is not velocity:
+            reason, velocity = Reason.WORKSPACE, allowed
+        self._velocity = velocity
+        self._emit(dt)
+        return reason
+
+    def _desired(self, goal: np.ndarray, wanted: np.ndarray, dt: float) -> np.ndarray:
+        """Velocity to aim at, float64[D].
+
+        A delta action starts from the last command, so its goal is a velocity and nothing can lag behind. Absolute
+        goals (and the gripper) are approached so that they are met without overshoot: relative to the goal's own
+        velocity, the remaining distance is closed no faster than it can be braked.
+        """
+        assert self._limits is not None
+        previous, self._last_target = self._last_target, goal
+        absolute = self._is_gripper | (self.embodiment.action_space == "joint_position")
+        moving = np.zeros_like(goal)
+        if previous is not None:
+            speed = (goal - previous) / dt
+            moving = np.where(self._is_gripper, 0.0, np.clip(speed, -self._limits.velocity, self._limits.velocity))
+        lag = goal - self._command - moving * dt
+        closing = np.sign(lag) * approach_speed(np.abs(lag), self._limits.acceleration, dt)
+        return np.where(absolute, moving + closing, wanted)
+
+    def _what_limits(self, joint: int, desired: np.ndarray, dt: float) -> Reason:
+        assert self._limits is not None
+        if abs(desired[joint]) > self._limits.velocity[joint]:
+            return Reason.VELOCITY
+        change = self._limits.acceleration[joint] * dt
+        return Reason.ACCELERATION if abs(desired[joint] - self._velocity[joint]) > change else Reason.POSITION
+
+    def _inside_workspace(self, velocity: np.ndarray, dt: float) -> np.ndarray:
+        """`velocity`, or as much of it as leaves room to brake inside the box (braking itself always may).
+
+        Mixes of an allowed velocity and the braked one keep all joint limits, because those are convex in velocity.
+        """
+        if self._tool_position is None or not np.any(np.isfinite(self._box)):
+            return velocity
+        assert self._limits is not None
+        brake = braked(self._velocity, self._limits, dt)
+        now_outside = self._distance_outside(self._command)
+        for share in (1.0, 0.5, 0.25):
+            candidate = velocity if share == 1.0 else brake + share * (velocity - brake)
+            after = self._command + candidate * dt
+            rest = rest_position(after, candidate, self._limits)
+            # `after`, three quarters of the way (half the braking time) and rest stand for the whole braking path.
+            if all(
+                self._distance_outside(q) <= now_outside + 1e-9 for q in (rest, after + 0.75 * (rest - after), after)
+            ):
+                return candidate
+        return brake
+
+    def _distance_outside(self, q: np.ndarray) -> float:
+        """Metres between the tool point and the box, 0 inside."""
+        assert self._tool_position is not None
+        point = np.asarray(self._tool_position(q), np.float64)
+        if point.shape != (3,) or not np.all(np.isfinite(point)):
+            raise ConfigError(explain("tool_position", "3 finite metres", point, "Check the robot model."))
+        return float(np.linalg.norm(np.maximum(np.maximum(self._box[0] - point, point - self._box[1]), 0.0)))
+
+    # ---- operational space ----
+    def _follow_osc(self, target: np.ndarray, dt: float) -> Reason:
+        goal = np.minimum(np.maximum(np.asarray(target, np.float64), -1.0), 1.0)
+        reason = Reason.POSITION if np.any(goal != target) else Reason.NONE
+        change = (goal - self._command)[self._arm]
+        allowed = self._slew_per_s * max(dt, 0.0)
+        largest = float(np.max(np.abs(change), initial=0.0))
+        values = goal.copy()
+        if largest > allowed:
+            values[self._arm] = self._command[self._arm] + change * (allowed / largest)
+            reason = Reason.SLEW
+        self._command = values
+        return reason

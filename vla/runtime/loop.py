@@ -1,0 +1,252 @@
+"""The one loop: due action -> tool limits -> inverse kinematics -> Gate -> Command. Simulation, ROS 2 and tests run it.
+
+numpy only; kinematics and policies are handed in. `tick` does not log: it appends one row to a preallocated Trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, explain
+from vla.policy import Policy, infer
+from vla.runtime.gate import Decision, Gate, Reason, Verdict, limit_tool
+from vla.runtime.scheduler import DueAction, OverlappedScheduler, SequentialScheduler
+from vla.runtime.trace import EpisodeRow, Trace
+from vla.types import NS_PER_S, Command, ControlMode, Observation
+
+
+class Solver(Protocol):
+    """What the loop needs of `vla.runtime.kinematics.Kinematics`."""
+
+    def solve(self, action: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """Joint target float64[D] of an action float[A] that starts from the configuration `reference`."""
+        ...
+
+
+class Arm(Protocol):
+    """What run_episode needs of `sim.environment.Environment` (this package does not know the simulators)."""
+
+    embodiment: Embodiment
+    max_steps: int
+
+    @property
+    def instruction(self) -> str: ...
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]: ...
+
+    def step(self, command: Command) -> tuple[Observation, float, bool, bool, dict[str, Any]]: ...
+
+    def joint_state(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]: ...
+
+
+class ControlLoop:
+    """One arm's scheduler and gate, ticked at `embodiment.rate_hz`.
+
+    last: (due action or None, gate decision) of the latest tick, for recorders and status messages.
+    """
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        scheduler: SequentialScheduler | OverlappedScheduler,
+        gate: Gate,
+        kinematics: Solver | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        if embodiment.action_space == "ee_delta" and kinematics is None:
+            raise ConfigError(
+                explain(
+                    "kinematics", "a solver for ee_delta actions", "none", "Pass Kinematics(embodiment) to the loop."
+                )
+            )
+        if embodiment.control_mode is ControlMode.OSC_DELTA and embodiment.action_space != "osc_delta":
+            raise ConfigError(
+                explain(
+                    "action_space", "osc_delta for osc_delta control", embodiment.action_space, "Fix the embodiment."
+                )
+            )
+        self.embodiment, self.scheduler, self.gate = embodiment, scheduler, gate
+        self.kinematics, self.trace = kinematics, trace
+        self.last: tuple[DueAction | None, Decision | None] = (None, None)
+        self._heartbeat_ns: int | None = None
+        self._stop_request = False
+
+    def reset(self, positions: np.ndarray, now_ns: int) -> None:
+        """Begin at rest at measured joint positions float64[D]; forgets chunks, counters and stops."""
+        self.scheduler.reset(now_ns)
+        self.gate.reset(positions, now_ns)
+        self._heartbeat_ns = None
+        self._stop_request = False
+        self.last = (None, None)
+
+    def heartbeat(self, now_ns: int) -> None:
+        """The policy gave a sign of life."""
+        self._heartbeat_ns = now_ns
+
+    def request_stop(self, active: bool = True) -> None:
+        """Operator stop: brake and hold while active; moving again takes a newer chunk."""
+        self._stop_request = active
+
+    def tick(
+        self, now_ns: int, positions: np.ndarray | None, velocities: np.ndarray | None, positions_stamp_ns: int | None
+    ) -> Command:
+        """One control period. positions, velocities: float64[D] measured, None before the first joint state.
+
+        Never raises for bad inputs: they become a stop with a reason (`last`, `Command.note`). The velocities are
+        part of the seam for limits on measured motion; the Gate's reference is its own command.
+        """
+        began = time.perf_counter()
+        missed_before = self.scheduler.missed_actions
+        due = self.scheduler.due(now_ns)
+        if due is None and self.scheduler.waiting and self.last[1] is not None:
+            return self._command(now_ns, self.last[1])  # an extra tick within a slot: the command stands
+        target, upstream, scaled = self._target(due)
+        decision = self.gate.step(
+            now_ns,
+            target,
+            due_ns=0 if due is None else due.due_ns,
+            chunk_number=-1 if due is None else due.chunk_number,
+            positions=positions,
+            positions_stamp_ns=positions_stamp_ns,
+            heartbeat_ns=self._heartbeat_ns,
+            fault=upstream,
+        )
+        if scaled and decision.verdict is Verdict.PASS:
+            decision = Decision(Verdict.RESHAPE, Reason.TOOL_SPEED, decision.values)
+        if due is not None and decision.verdict is Verdict.STOP:
+            self.scheduler.not_executed()
+        self.last = (due, decision)
+        if self.trace is not None:
+            measured = np.empty(0) if positions is None else positions
+            missed = self.scheduler.missed_actions - missed_before
+            self.trace.tick(now_ns, due, decision, measured, missed, (time.perf_counter() - began) * 1e6)
+        return self._command(now_ns, decision)
+
+    def _target(self, due: DueAction | None) -> tuple[np.ndarray | None, Reason, bool]:
+        """(target float64[D] or None, fault found on the way, tool speed was scaled)."""
+        if self._stop_request:
+            return None, Reason.OPERATOR, False
+        if due is None:
+            return None, Reason.NONE if self.scheduler.chunks else Reason.WAITING, False
+        action = np.asarray(due.action, np.float64)
+        if action.shape != (self.embodiment.action_dim,) or not np.all(np.isfinite(action)):
+            return None, Reason.ACTION_INVALID, False
+        action, scaled = limit_tool(action, self.embodiment, self.embodiment.period_s)
+        if self.kinematics is None:
+            return action, Reason.NONE, scaled
+        try:
+            return self.kinematics.solve(action, self.gate.command), Reason.NONE, scaled
+        except Exception:  # a solver that fails must end in a brake, never in a dead control loop
+            return None, Reason.KINEMATICS, False
+
+    def _command(self, now_ns: int, decision: Decision) -> Command:
+        return Command(self.embodiment.control_mode, decision.values, now_ns, decision.reason.text)
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One finished episode.
+
+    moved: the object that was moved, if the environment says so (info["moved"]). inference_ms: wall time of each
+    inference. gate: {"pass", "reshape", "stop"} ticks. executed, missed, late: actions. refused: chunks not taken.
+    """
+
+    seed: int
+    task: str
+    family: str
+    instruction: str
+    success: bool
+    steps: int
+    chunks: int
+    inference_ms: tuple[float, ...]
+    gate: dict[str, int]
+    executed: int
+    missed: int
+    late: int
+    refused: int
+    moved: str | None = None
+
+
+def run_episode(
+    environment: Arm,
+    policy: Policy,
+    loop: ControlLoop,
+    seed: int,
+    task: str | None = None,
+    latency_s: float = 0.0,
+    on_step: Callable[[Observation, Command, dict[str, Any]], None] | None = None,
+    instruction: str | None = None,
+) -> EpisodeResult:
+    """Policy, loop and environment in one process, on the environment's simulated clock: repeats bit for bit.
+
+    latency_s: simulated time from an observation to its chunk (the real computing time does not count).
+    on_step(observation, command, info) is called before each command is executed; images may be rendered in it.
+    instruction: overrides the environment's own. Raises EmbodimentMismatch when policy and environment differ.
+    """
+    environment.embodiment.require_same(policy.embodiment, "environment and policy")
+    environment.embodiment.require_same(loop.embodiment, "environment and control loop")
+    options = {key: value for key, value in (("task", task), ("instruction", instruction)) if value is not None}
+    observation, info = environment.reset(seed=seed, options=options or None)
+    policy.reset(seed)
+    _, positions, velocities = environment.joint_state()
+    now_ns = observation.stamp_ns
+    loop.reset(positions, now_ns)
+    scheduler, trace = loop.scheduler, loop.trace
+    if trace is not None:
+        trace.begin(now_ns)
+    latency_ns = round(latency_s * NS_PER_S)
+    answer = None  # (result, ready_ns, asked_ns, wall_ms)
+    inference_ms: list[float] = []
+    gate = {verdict.name.lower(): 0 for verdict in Verdict}
+    steps, done = 0, False
+    while not done and steps < environment.max_steps:
+        if answer is None and scheduler.should_infer(now_ns):
+            context = scheduler.context(now_ns, seed, observation.stamp_ns)
+            began = time.perf_counter()
+            result = infer(policy, observation.check(), context)
+            inference_ms.append((time.perf_counter() - began) * 1e3)
+            answer = (result, now_ns + latency_ns, now_ns, inference_ms[-1])
+        if answer is not None and now_ns >= answer[1]:
+            refused = scheduler.submit(answer[0], now_ns)
+            if trace is not None:
+                trace.inference(answer[2], now_ns, answer[3], answer[0].report, not refused)
+            answer = None
+        loop.heartbeat(now_ns)
+        command = loop.tick(now_ns, positions, velocities, now_ns)
+        decision = loop.last[1]
+        if decision is not None and decision.reason is not Reason.WAITING:
+            gate[decision.verdict.name.lower()] += 1
+        if on_step is not None:
+            on_step(observation, command, info)
+        observation, _, terminated, truncated, info = environment.step(command)
+        _, positions, velocities = environment.joint_state()
+        now_ns = observation.stamp_ns
+        steps += 1
+        done = terminated or truncated
+    result_row = EpisodeResult(
+        seed=seed,
+        task=str(info.get("task", task or "")),
+        family=str(info.get("family", "")),
+        instruction=environment.instruction if instruction is None else instruction,
+        success=bool(info["success"]),
+        steps=steps,
+        chunks=scheduler.chunks,
+        inference_ms=tuple(inference_ms),
+        gate=gate,
+        executed=scheduler.due_actions,
+        missed=scheduler.missed_actions,
+        late=scheduler.late_actions,
+        refused=sum(scheduler.refused.values()),
+        moved=info.get("moved"),
+    )
+    if trace is not None:
+        trace.add_episode(EpisodeRow(seed, result_row.task, result_row.instruction, result_row.success, steps, now_ns))
+    return result_row

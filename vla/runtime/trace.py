@@ -1,0 +1,358 @@
+"""What the control loop saw, decided and sent: preallocated rows, one MCAP file. numpy and mcap only.
+
+`tick` and `inference` copy numbers into preallocated arrays and do nothing else; they are called inside the control
+period. Files are written after the fact. The MCAP opens in Foxglove: JSON channels with schemas, one per topic below,
+and compressed camera images as foxglove.CompressedImage.
+
+    /vla/action       the action that was due           /vla/joint_states  measured positions
+    /vla/command      what the Gate let through         /vla/inference     one message per chunk
+    /vla/gate         verdict and reason                /vla/episode       one message per episode
+    /vla/images/NAME  camera images, if any were added
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mcap.reader import make_reader
+from mcap.writer import CompressionType, Writer
+
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, DataError, explain
+from vla.policy import DecodeReport
+from vla.runtime.gate import Decision, Reason, Verdict
+from vla.runtime.scheduler import DueAction
+from vla.types import NS_PER_S
+
+_META = "vla_trace"
+_FORMAT = 1
+_EPISODE_GAP_NS = 2 * NS_PER_S  # longer than any pause within an episode
+_TIME = {"type": "object", "properties": {"sec": {"type": "integer"}, "nsec": {"type": "integer"}}}
+_NUMBERS = {"type": "array", "items": {"type": ["number", "null"]}}
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """One finished episode, as it is stored in the trace and counted in the summary."""
+
+    seed: int
+    task: str
+    instruction: str
+    success: bool
+    steps: int
+    stamp_ns: int
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    camera: str
+    stamp_ns: int
+    data: bytes
+    format: str
+
+
+class Trace:
+    """Rows of one run. `capacity` ticks; what comes after is counted in `dropped_rows`, never reallocated.
+
+    Columns (numpy arrays, valid up to `rows`): tick_ns, due_ns, action [A], command [D], measured [D], verdict, reason,
+    chunk, index (-1 where no action was due), late_ns, cost_us (time the tick took).
+    Inference columns (up to `inferences`): infer_start_ns, infer_end_ns (on the loop's clock), infer_ms (wall time),
+    infer_passes, infer_repaired, infer_accepted.
+    """
+
+    def __init__(self, embodiment: Embodiment, capacity: int = 1 << 16, inference_capacity: int | None = None) -> None:
+        if capacity < 1:
+            raise ConfigError(explain("capacity", "at least 1 row", capacity, "Reserve one row per control tick."))
+        self.embodiment = embodiment
+        self.capacity = capacity
+        self.inference_capacity = capacity if inference_capacity is None else inference_capacity
+        joints = len(embodiment.command_names)
+        self.rows = self.inferences = self.dropped_rows = 0
+        self.tick_ns = np.zeros(capacity, np.int64)
+        self.due_ns = np.zeros(capacity, np.int64)
+        self.action = np.zeros((capacity, embodiment.action_dim))
+        self.command = np.zeros((capacity, joints))
+        self.measured = np.zeros((capacity, joints))
+        self.verdict = np.zeros(capacity, np.uint8)
+        self.reason = np.zeros(capacity, np.uint8)
+        self.chunk = np.zeros(capacity, np.int32)
+        self.index = np.zeros(capacity, np.int32)
+        self.late_ns = np.zeros(capacity, np.int64)
+        self.cost_us = np.zeros(capacity, np.float32)
+        self.missed = np.zeros(capacity, np.int32)
+        slots = self.inference_capacity
+        self.infer_start_ns = np.zeros(slots, np.int64)
+        self.infer_end_ns = np.zeros(slots, np.int64)
+        self.infer_ms = np.zeros(slots, np.float64)
+        self.infer_passes = np.zeros(slots, np.int32)
+        self.infer_repaired = np.zeros(slots, np.int32)
+        self.infer_accepted = np.zeros(slots, np.bool_)
+        self.episodes: list[EpisodeRow] = []
+        self.images: list[ImageRow] = []
+        self._shift_ns = self._last_ns = 0
+
+    # ---- recording ----
+    def begin(self, now_ns: int) -> None:
+        """An episode begins. Simulated clocks start anew each time; later stamps are moved behind the last one."""
+        if self.rows:
+            self._shift_ns = max(0, self._last_ns + _EPISODE_GAP_NS - now_ns)
+
+    def tick(
+        self, now_ns: int, due: DueAction | None, decision: Decision, measured: np.ndarray, missed: int, cost_us: float
+    ) -> None:
+        """Append one control tick. missed: slots that passed without an action since the last tick."""
+        row = self.rows
+        if row >= self.capacity:
+            self.dropped_rows += 1
+            return
+        stamp_ns = self._last_ns = now_ns + self._shift_ns
+        self.tick_ns[row] = stamp_ns
+        if due is None:
+            self.due_ns[row] = stamp_ns
+            self.action[row] = np.nan
+            self.chunk[row] = self.index[row] = -1
+            self.late_ns[row] = 0
+        else:
+            self.due_ns[row] = due.due_ns + self._shift_ns
+            self.action[row] = due.action if due.action.shape == self.action.shape[1:] else np.nan
+            self.chunk[row] = due.chunk_number
+            self.index[row] = due.index
+            self.late_ns[row] = now_ns - due.due_ns
+        self.command[row] = decision.values
+        self.measured[row] = measured if np.shape(measured) == self.measured.shape[1:] else np.nan
+        self.verdict[row] = decision.verdict
+        self.reason[row] = decision.reason
+        self.missed[row] = missed
+        self.cost_us[row] = cost_us
+        self.rows = row + 1
+
+    def inference(
+        self, start_ns: int, end_ns: int, wall_ms: float, report: DecodeReport | None = None, accepted: bool = True
+    ) -> None:
+        """Append one inference: from observation to chunk on the loop's clock, and the wall time it took."""
+        row = self.inferences
+        if row >= self.inference_capacity:
+            self.dropped_rows += 1
+            return
+        shift = self._shift_ns
+        self.infer_start_ns[row], self.infer_end_ns[row], self.infer_ms[row] = start_ns + shift, end_ns + shift, wall_ms
+        if report is not None:
+            self.infer_passes[row], self.infer_repaired[row] = report.passes, report.repaired
+        self.infer_accepted[row] = accepted
+        self.inferences = row + 1
+
+    def add_episode(self, episode: EpisodeRow) -> None:
+        self.episodes.append(replace(episode, stamp_ns=episode.stamp_ns + self._shift_ns))
+
+    def add_image(self, camera: str, stamp_ns: int, data: bytes, format: str = "jpeg") -> None:
+        """Keep one compressed image ("jpeg" or "png" bytes) for the file. Not for the control period."""
+        self.images.append(ImageRow(camera, stamp_ns + self._shift_ns, data, format))
+
+    # ---- file ----
+    def save_mcap(self, path: str | Path) -> Path:
+        """Write everything to one MCAP file, atomically, messages in order of time."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with temporary.open("wb") as stream:
+                self._write(stream)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _write(self, stream: Any) -> None:
+        writer = Writer(stream, compression=CompressionType.ZSTD)
+        writer.start(profile="", library="vla-stack")
+        meta = {
+            "format": str(_FORMAT),
+            "embodiment": json.dumps(self.embodiment.to_dict()),
+            "dropped_rows": str(self.dropped_rows),
+        }
+        writer.add_metadata(_META, meta)
+        channels: dict[str, int] = {}
+        messages: list[tuple[int, str, dict[str, Any]]] = []
+        for row in range(self.rows):
+            messages += self._tick_messages(row)
+        for row in range(self.inferences):
+            messages.append((int(self.infer_end_ns[row]), "/vla/inference", self._inference_message(row)))
+        for episode in self.episodes:
+            messages.append((episode.stamp_ns, "/vla/episode", asdict(episode)))
+        for image in self.images:
+            messages.append((image.stamp_ns, f"/vla/images/{image.camera}", _image_message(image)))
+        messages.sort(key=lambda message: message[0])
+        for sequence, (stamp_ns, topic, body) in enumerate(messages):
+            if topic not in channels:
+                name, properties = _schema(topic)
+                schema = writer.register_schema(
+                    name=name,
+                    encoding="jsonschema",
+                    data=json.dumps({"type": "object", "properties": properties}).encode(),
+                )
+                channels[topic] = writer.register_channel(topic=topic, message_encoding="json", schema_id=schema)
+            data = json.dumps({"timestamp": _time(stamp_ns), **body}, allow_nan=False).encode()
+            writer.add_message(channels[topic], log_time=stamp_ns, publish_time=stamp_ns, data=data, sequence=sequence)
+        writer.finish()
+
+    def _tick_messages(self, row: int) -> list[tuple[int, str, dict[str, Any]]]:
+        stamp_ns = int(self.tick_ns[row])
+        names = list(self.embodiment.command_names)
+        out: list[tuple[int, str, dict[str, Any]]] = []
+        if self.chunk[row] >= 0:
+            body = {
+                "names": list(self.embodiment.action_names),
+                "values": _numbers(self.action[row]),
+                "due_ns": int(self.due_ns[row]),
+                "late_ms": float(self.late_ns[row]) * 1e-6,
+                "chunk": int(self.chunk[row]),
+                "index": int(self.index[row]),
+            }
+            out.append((stamp_ns, "/vla/action", body))
+        out.append((stamp_ns, "/vla/command", {"names": names, "values": _numbers(self.command[row])}))
+        out.append((stamp_ns, "/vla/joint_states", {"names": names, "values": _numbers(self.measured[row])}))
+        verdict, reason = Verdict(int(self.verdict[row])), Reason(int(self.reason[row]))
+        gate = {
+            "verdict": verdict.name.lower(),
+            "verdict_code": int(verdict),
+            "reason": reason.text,
+            "reason_code": int(reason),
+            "missed": int(self.missed[row]),
+            "cost_us": float(self.cost_us[row]),
+        }
+        out.append((stamp_ns, "/vla/gate", gate))
+        return out
+
+    def _inference_message(self, row: int) -> dict[str, Any]:
+        return {
+            "start_ns": int(self.infer_start_ns[row]),
+            "end_ns": int(self.infer_end_ns[row]),
+            "wall_ms": float(self.infer_ms[row]),
+            "passes": int(self.infer_passes[row]),
+            "repaired": int(self.infer_repaired[row]),
+            "accepted": bool(self.infer_accepted[row]),
+        }
+
+    @classmethod
+    def load_mcap(cls, path: str | Path) -> Trace:
+        """Read what save_mcap wrote. DataError when the file is truncated, or another kind of MCAP."""
+        path = Path(path)
+        remedy = "Give a trace.mcap written by a run of this project, or record it again."
+        try:
+            with path.open("rb") as stream:
+                reader = make_reader(stream)
+                meta = next((dict(m.metadata) for m in reader.iter_metadata() if m.name == _META), None)
+                bodies = [(c.topic, m.log_time, json.loads(m.data)) for _, c, m in reader.iter_messages()]
+        except FileNotFoundError as error:
+            raise DataError(explain(str(path), "a trace file", "no such file", remedy)) from error
+        except Exception as error:  # the reader raises many kinds for a damaged file
+            raise DataError(
+                explain(str(path), "a complete MCAP file", f"{type(error).__name__}: {error}", remedy)
+            ) from error
+        if meta is None or meta.get("format") != str(_FORMAT):
+            got = "none" if meta is None else f"format {meta.get('format')}"
+            raise DataError(explain(str(path), f"metadata {_META!r} of format {_FORMAT}", got, remedy))
+        ticks = sum(topic == "/vla/gate" for topic, _, _ in bodies)
+        inferences = sum(topic == "/vla/inference" for topic, _, _ in bodies)
+        embodiment = Embodiment.from_dict(json.loads(meta["embodiment"]))
+        trace = cls(embodiment, max(1, ticks), max(1, inferences))
+        trace.dropped_rows = int(meta["dropped_rows"])
+        trace.action[:] = np.nan
+        trace.chunk[:] = trace.index[:] = -1
+        for topic, stamp_ns, body in bodies:
+            trace._read(topic, stamp_ns, body)
+        trace.due_ns[: trace.rows] = np.where(
+            trace.chunk[: trace.rows] < 0, trace.tick_ns[: trace.rows], trace.due_ns[: trace.rows]
+        )
+        return trace
+
+    def _read(self, topic: str, stamp_ns: int, body: dict[str, Any]) -> None:
+        """One message into the current row; /vla/gate comes last in a tick and closes it."""
+        row = self.rows
+        if topic == "/vla/action":
+            self.action[row], self.due_ns[row] = _values(body), body["due_ns"]
+            self.chunk[row], self.index[row] = body["chunk"], body["index"]
+            self.late_ns[row] = stamp_ns - body["due_ns"]
+        elif topic == "/vla/command":
+            self.command[row] = _values(body)
+        elif topic == "/vla/joint_states":
+            self.measured[row] = _values(body)
+        elif topic == "/vla/gate":
+            self.tick_ns[row], self.missed[row], self.cost_us[row] = stamp_ns, body["missed"], body["cost_us"]
+            self.verdict[row], self.reason[row] = body["verdict_code"], body["reason_code"]
+            self.rows = row + 1
+        elif topic == "/vla/inference":
+            i = self.inferences
+            self.infer_start_ns[i], self.infer_end_ns[i] = body["start_ns"], body["end_ns"]
+            self.infer_ms[i], self.infer_passes[i] = body["wall_ms"], body["passes"]
+            self.infer_repaired[i], self.infer_accepted[i] = body["repaired"], body["accepted"]
+            self.inferences = i + 1
+        elif topic == "/vla/episode":
+            body.pop("timestamp")
+            self.episodes.append(EpisodeRow(**body))
+        elif topic.startswith("/vla/images/"):
+            data = base64.b64decode(body["data"])
+            self.images.append(ImageRow(topic.removeprefix("/vla/images/"), stamp_ns, data, body["format"]))
+
+
+def _time(stamp_ns: int) -> dict[str, int]:
+    return {"sec": stamp_ns // NS_PER_S, "nsec": stamp_ns % NS_PER_S}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """JSON has no NaN: null stands for it."""
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _values(body: dict[str, Any]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in body["values"]], np.float64)
+
+
+def _image_message(image: ImageRow) -> dict[str, Any]:
+    return {"frame_id": image.camera, "data": base64.b64encode(image.data).decode(), "format": image.format}
+
+
+def _schema(topic: str) -> tuple[str, dict[str, Any]]:
+    """(schema name, properties) of a topic; `foxglove.CompressedImage` is the name Foxglove knows images by."""
+    number, integer, text = {"type": "number"}, {"type": "integer"}, {"type": "string"}
+    vector = {"names": {"type": "array", "items": text}, "values": _NUMBERS}
+    schemas: dict[str, tuple[str, dict[str, Any]]] = {
+        "/vla/action": (
+            "vla.Action",
+            {**vector, "due_ns": integer, "late_ms": number, "chunk": integer, "index": integer},
+        ),
+        "/vla/command": ("vla.JointVector", vector),
+        "/vla/joint_states": ("vla.JointVector", vector),
+        "/vla/gate": (
+            "vla.Gate",
+            {
+                "verdict": text, "verdict_code": integer, "reason": text, "reason_code": integer,
+                "missed": integer, "cost_us": number,
+            },
+        ),
+        "/vla/inference": (
+            "vla.Inference",
+            {
+                "start_ns": integer, "end_ns": integer, "wall_ms": number, "passes": integer, "repaired": integer,
+                "accepted": {"type": "boolean"},
+            },
+        ),
+        "/vla/episode": (
+            "vla.Episode",
+            {
+                "seed": integer, "task": text, "instruction": text, "success": {"type": "boolean"}, "steps": integer,
+                "stamp_ns": integer,
+            },
+        ),
+    }  # fmt: skip
+    if topic in schemas:
+        name, properties = schemas[topic]
+    else:
+        name = "foxglove.CompressedImage"
+        properties = {"frame_id": text, "data": {"type": "string", "contentEncoding": "base64"}, "format": text}
+    return name, {"timestamp": _TIME, **properties}
