@@ -68,15 +68,15 @@ def build(robot: Path) -> mujoco.MjModel:
     visual = spec.visual
     visual.quality.offsamples = 0
     visual.quality.shadowsize = 0
-    visual.headlight.ambient = [0.45, 0.45, 0.45]
-    visual.headlight.diffuse = [0.25, 0.25, 0.25]
+    visual.headlight.ambient = [0.42, 0.42, 0.42]
+    visual.headlight.diffuse = [0.20, 0.20, 0.20]
     visual.headlight.specular = [0.0, 0.0, 0.0]
     visual.map.znear = 0.005
     world = spec.worldbody
     world.add_light(
         type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
         dir=[-0.35, 0.25, -1.0],
-        diffuse=[0.45, 0.45, 0.45],
+        diffuse=[0.40, 0.40, 0.40],
         specular=[0.0, 0.0, 0.0],
     )
     world.add_geom(
@@ -88,7 +88,7 @@ def build(robot: Path) -> mujoco.MjModel:
         friction=[0.8, 0.02, 0.001],
     )
     # From the front and high above, facing the arm: +y is to the right, away from the base is towards the viewer.
-    world.add_camera(name="agentview", pos=[1.10, 0.0, 0.86], xyaxes=[0, 1, 0, -0.81, 0, 0.586], fovy=30.0)
+    world.add_camera(name="agentview", pos=[1.06, 0.0, 0.86], xyaxes=[0, 1, 0, -0.81, 0, 0.586], fovy=29.0)
     for index in range(PLATE_SLOTS):
         body = world.add_body(name=f"plate{index}", mocap=True, pos=[0, 0, -1])
         body.add_geom(
