@@ -126,7 +126,7 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
     def step(self, command: Command) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Hold `command` for one control period. Terminates on success, truncates after `max_steps`."""
         if self._steps is None:
-            raise SimulationError(explain("step", "a reset environment", "no reset yet", "Call reset(seed=...) first."))
+            raise SimulationError(_unreset("step"))
         values = np.asarray(command.values, np.float64)
         if command.mode is not ControlMode.OSC_DELTA or values.shape != (self.embodiment.action_dim,):
             raise SimulationError(
@@ -170,9 +170,7 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
     def scene(self) -> Any:
         """The robosuite environment: simulator state, for scripted experts only, never for a policy."""
         if self._steps is None:
-            raise SimulationError(
-                explain("scene", "a reset environment", "no reset yet", "Call reset(seed=...) first.")
-            )
+            raise SimulationError(_unreset("scene"))
         return self._robosuite
 
     # ---- inside ----
@@ -200,8 +198,6 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         self._task = task
         with _numpy_seeded(0):  # some scenes draw sizes while they are built
             self._robosuite = self._build(task)
-        # State is read from the simulator below; robosuite would update a dozen sensors at each of its 25 substeps.
-        self._robosuite._observables = {}
         if self._fast_render:
             thin_visual_meshes(self._model)
 
@@ -211,12 +207,16 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         for _ in range(20):
             try:
                 self._robosuite.reset()
-                return
+                break
             except RandomizationError:
                 continue
-        raise SimulationError(
-            f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed."
-        )
+        else:
+            raise SimulationError(
+                f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed."
+            )
+        # State is read from the simulator below; robosuite would update a dozen sensors at each of its 25 substeps.
+        for observable in self._robosuite._observables.values():
+            observable.set_enabled(False)
 
     @property
     def _model(self) -> mujoco.MjModel:
@@ -268,6 +268,10 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def _unreset(what: str) -> str:
+    return explain(what, "an environment that was reset", "no reset yet", "Call reset(seed=...) first.")
 
 
 def axis_angle(quaternion_wxyz: np.ndarray) -> np.ndarray:

@@ -62,9 +62,7 @@ def check_assets(folder: Path, origin: str) -> Path:
         raise SimulationError(explain(origin, "the folder of the LIBERO assets", f"{folder}, absent", ASSETS_REMEDY))
     missing = [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
     if missing:
-        raise SimulationError(
-            explain(origin, f"sub-folders {list(ASSET_FOLDERS)}", f"{missing} missing", ASSETS_REMEDY)
-        )
+        raise SimulationError(explain(origin, f"folders {list(ASSET_FOLDERS)}", f"{missing} missing", ASSETS_REMEDY))
     return folder.resolve()
 
 
@@ -120,8 +118,8 @@ def import_robosuite() -> ModuleType:
         return importlib.import_module("robosuite")
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when its library cannot be loaded
         raise SimulationError(
-            f"robosuite cannot be imported (MUJOCO_GL={backend()}): {error!r}. {SETUP_REMEDY} If a GL library is absent: "
-            "apt-get install -y libosmesa6 (or libegl1)."
+            f"robosuite cannot be imported (MUJOCO_GL={backend()}): {error!r}. {SETUP_REMEDY} "
+            "If a GL library is absent: apt-get install -y libosmesa6 (or libegl1)."
         ) from error
 
 

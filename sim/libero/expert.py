@@ -119,18 +119,18 @@ class LiberoExpert:
                 return False
             tried.append(grasp)
             rotation = _hand_rotation(grasp.yaw)
-            place = grasp.tip + [0, 0, self._tip_m]
+            place = grasp.tip + _up(self._tip_m)
             before = self._lowest(item)
             if np.linalg.norm(self._position[:2] - place[:2]) > 0.03:
                 above = np.append(place[:2], max(place[2] + 0.10, self._position[2]))
                 yield from self._move(above, rotation, OPEN, tolerance=0.02, angle=0.15)
-            yield from self._move(place + [0, 0, 0.04], rotation, OPEN, tolerance=0.008, angle=0.05)
+            yield from self._move(place + _up(0.04), rotation, OPEN, tolerance=0.008, angle=0.05)
             yield from self._move(place, rotation, OPEN, tolerance=0.005, speed=0.5, limit=40)
             yield from self._wait(8, CLOSE)
-            yield from self._move(place + [0, 0, 0.10], self._rotation, CLOSE, tolerance=0.015, speed=0.8)
+            yield from self._move(place + _up(0.10), self._rotation, CLOSE, tolerance=0.015, speed=0.8)
             if self._lowest(item) > before + 0.04:
                 return True
-            yield from self._move(self._position + [0, 0, 0.08], self._rotation, OPEN, tolerance=0.02)
+            yield from self._move(self._position + _up(0.08), self._rotation, OPEN, tolerance=0.02)
             yield from self._wait(2, OPEN)
         return False
 
@@ -148,7 +148,7 @@ class LiberoExpert:
             goal = np.append(xy - self._held_offset(item), lowered)
             yield from self._move(goal, rotation, CLOSE, tolerance=tolerance, speed=0.5, stall=8)
         yield from self._wait(6, OPEN)
-        yield from self._move(self._position + [0, 0, 0.10], rotation, OPEN, tolerance=0.02)
+        yield from self._move(self._position + _up(0.10), rotation, OPEN, tolerance=0.02)
         yield from self._wait(5, OPEN)
         return True
 
@@ -246,3 +246,7 @@ def _hand_rotation(yaw: float) -> np.ndarray:
 
 def _rotation_vector(rotation: np.ndarray) -> np.ndarray:
     return np.asarray(Rotation.from_matrix(rotation).as_rotvec())
+
+
+def _up(metres: float) -> np.ndarray:
+    return np.array([0.0, 0.0, metres])

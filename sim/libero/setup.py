@@ -149,7 +149,11 @@ def _try_import(assets: Path) -> None:
         "import sys; from sim.libero.assets import import_libero; import_libero(sys.argv[1]); import libero.libero.envs"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(assets)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", code, str(assets)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=Path(__file__).resolve().parents[2],
     )
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-3:])
