@@ -14,7 +14,7 @@ from vla.cli import plots
 from vla.cli.film import CAPTION, PANEL, FrameSpool, Shot, compose, write_film
 from vla.cli.report import render, write_report
 from vla.cli.results import Episode, Event, RunRecord, write_results
-from vla.statistics import percentiles, wilson
+from vla.runtime.summary import percentiles, wilson_95
 
 KEYS = [
     "episodes", "successes", "success_rate", "wilson_95", "control_hz", "due_actions", "missed_actions",
@@ -156,7 +156,7 @@ def test_wilson_against_published_values() -> None:
     # Newcombe (1998), table I: 81/263, 15/148, 0/20, 1/29.
     for successes, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
                                          (1, 29, 0.0061, 0.1718)):  # fmt: skip
-        assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+        assert wilson_95(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_percentiles_of_nothing() -> None:

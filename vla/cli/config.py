@@ -5,8 +5,10 @@ Nothing below `vla/cli` sees Hydra. A config holds `_target_` and constructor ar
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,13 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            base = OmegaConf.to_container(hydra_compose(name), resolve=False)
-            known_keys = set(_paths(base))
+            groups = [text for text, item in zip(overrides, parsed) if _is_group(item, folder)]
             for item in parsed:
-                _check_override(item, known_keys, folder)
+                _check_choice(item, folder)
+            base = OmegaConf.to_container(hydra_compose(name, overrides=groups), resolve=False)
+            for item in parsed:
+                if not _is_group(item, folder):
+                    _check_key(item, set(_paths(base)))
             config = hydra_compose(name, overrides=list(overrides))
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
@@ -55,18 +60,36 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
 
 
 def build(config: Mapping[str, Any], where: str = "config") -> Any:
-    """Call what `_target_` names with the other keys; nested mappings that have a `_target_` are built first.
+    """Call what `_target_` names with the other keys.
 
+    Nested mappings are built first when they have a `_target_` of their own, or when the parameter is a dataclass.
     Raises ConfigError for an argument that the constructor does not take (nearest name offered) or that is missing.
     Lists given for tuple parameters become tuples.
     """
-    target = target_of(config, where)
-    arguments: dict[str, Any] = {}
-    for key, value in config.items():
-        if key != "_target_":
-            arguments[key] = _built(value, f"{where}.{key}")
+    return _construct(target_of(config, where), {k: v for k, v in config.items() if k != "_target_"}, where)
+
+
+def _construct(target: Any, arguments: Mapping[str, Any], where: str) -> Any:
     check_arguments(target, arguments, where)
-    return target(**_as_tuples(target, arguments))
+    hints = _hints(target)
+    built = {}
+    for key, value in arguments.items():
+        kind = hints.get(key)
+        item = _built(value, f"{where}.{key}")
+        if isinstance(item, Mapping) and dataclasses.is_dataclass(kind):
+            item = _construct(kind, item, f"{where}.{key}")
+        elif isinstance(item, list) and (kind is tuple or typing.get_origin(kind) is tuple):
+            item = tuple(item)
+        built[key] = item
+    return target(**built)
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Resolved parameter types; {} where they name things that are not importable at run time."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:
+        return {}
 
 
 def target_of(config: Mapping[str, Any], where: str) -> Any:
@@ -109,14 +132,6 @@ def _built(value: Any, where: str) -> Any:
     return value
 
 
-def _as_tuples(target: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(arguments)
-    for key, parameter in inspect.signature(target).parameters.items():
-        if isinstance(out.get(key), list) and str(parameter.annotation).startswith(("tuple", "Tuple", "typing.Tuple")):
-            out[key] = tuple(out[key])
-    return out
-
-
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -125,27 +140,31 @@ def _paths(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _paths(value, path)
 
 
-def _check_override(item: Any, known: set[str], folder: Path) -> None:
-    """Refuse a misspelt key before Hydra does: its own message names no neighbour."""
-    key = str(item.key_or_group)
-    if item.is_add() or item.is_force_add() or key == "hydra" or key.startswith("hydra."):
-        return
-    if (folder / key).is_dir():
-        choices = [path.stem for path in (folder / key).glob("*.yaml")]
+def _is_group(item: Any, folder: Path) -> bool:
+    """An override that chooses a file (`model=small`) and so decides which keys there are."""
+    return (folder / str(item.key_or_group)).is_dir()
+
+
+def _check_choice(item: Any, folder: Path) -> None:
+    group = str(item.key_or_group)
+    if _is_group(item, folder):
+        choices = [path.stem for path in (folder / group).glob("*.yaml")]
         value = item.value()
         if isinstance(value, str) and value not in choices:
-            raise ConfigError(f"{key}: unknown choice {value!r}. {nearest(value, choices)}")
+            raise ConfigError(f"{group}: unknown choice {value!r}. {nearest(value, choices)}")
+
+
+def _check_key(item: Any, known: set[str]) -> None:
+    """Refuse a misspelt key before Hydra does: its own message names no neighbour."""
+    key = str(item.key_or_group)
+    if key in known or item.is_add() or item.is_force_add() or key == "hydra" or key.startswith("hydra."):
         return
-    if key in known:
-        return
-    # Keys below a free-form mapping or a group choice made by another override are left to Hydra.
     parent, _, leaf = key.rpartition(".")
-    if parent and (folder / parent.replace(".", "/")).is_dir():
-        return
+    if parent and parent not in known:
+        raise ConfigError(f"{key}: unknown key. {nearest(key, known)}")
     siblings = {path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == parent}
-    if parent in known or not parent:
-        hint = nearest(leaf, siblings)
-        if hint.startswith("Known") and (close := [path for path in known if path.rpartition(".")[2] == leaf]):
-            hint = f"Did you mean {sorted(close)[0]!r}?"
-        raise ConfigError(f"{key}: unknown key {leaf!r}. {hint}")
-    raise ConfigError(f"{key}: unknown key. {nearest(key, known)}")
+    hint = nearest(leaf, siblings)
+    elsewhere = sorted(path for path in known if path.rpartition(".")[2] == leaf)
+    if hint.startswith("Known") and elsewhere:
+        hint = f"Did you mean {elsewhere[0]!r}?"
+    raise ConfigError(f"{key}: unknown key {leaf!r}. {hint}")

@@ -45,7 +45,7 @@ EXAMPLES = """examples:
   vla doctor                                   what is missing on this machine, and how to get it
   vla info tabletop                            the policy that ships with the package
   vla collect out=data/tabletop                demonstrations
-  vla train data.root=data/tabletop            a policy of your own
+  vla train data=data/tabletop                 a policy of your own
   vla COMMAND --help                           everything a command takes
 """
 
@@ -98,7 +98,7 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         **common,
     )
-    parser.add_argument("--version", action="version", version=_LazyVersion())
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
     groups: dict[str, Any] = {}
     for command in COMMANDS:
@@ -121,16 +121,17 @@ def _sentence(summary: str) -> str:
     return summary[0].upper() + summary[1:] + "."
 
 
-class _LazyVersion(str):
+class _Version(argparse.Action):
     """Reads the package metadata only when --version is asked for."""
 
-    def __mod__(self, values: Any) -> str:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            return f"vla-stack {version('vla-stack')}"
+            print(f"vla-stack {version('vla-stack')}")
         except PackageNotFoundError:
-            return "vla-stack (not installed)"
+            print("vla-stack, run from a folder that is not installed")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla.cli.results import RunRecord, by_family
-from vla.statistics import wilson
+from vla.runtime.summary import wilson_95
 
 GOOD, BAD, WARN, LINE, GREY = "#2f9e62", "#d1495b", "#e0a030", "#3066be", "#8a929e"
 
@@ -18,7 +18,7 @@ def success_per_family(record: RunRecord) -> str:
     families = by_family(record.episodes)
     figure, axis = _figure(7.2, 0.9 + 0.45 * max(1, len(families)))
     for row, (_name, (good, total)) in enumerate(families.items()):
-        rate, (low, high) = good / total, wilson(good, total)
+        rate, (low, high) = good / total, wilson_95(good, total)
         axis.barh(row, rate, color=GOOD, height=0.55)
         axis.errorbar(rate, row, xerr=[[rate - low], [high - rate]], color="#223", capsize=4, lw=1.2)
         axis.text(1.02, row, f"{good}/{total}", va="center", fontsize=9)

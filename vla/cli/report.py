@@ -9,7 +9,7 @@ from typing import Any
 
 from vla.cli import plots
 from vla.cli.results import RunRecord, by_family, write_atomic
-from vla.statistics import wilson
+from vla.runtime.summary import wilson_95
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667080; --line: #dde2e9; --paper: #fff; --plot: #fff; }
@@ -103,7 +103,7 @@ def _cards(record: RunRecord) -> str:
 def _families(record: RunRecord) -> str:
     body = []
     for name, (good, total) in by_family(record.episodes).items():
-        low, high = wilson(good, total)
+        low, high = wilson_95(good, total)
         body.append((name, f"{good}/{total}", f"{good / total:.1%}", f"{low:.1%} to {high:.1%}"))
     return _table(("family", "successes", "rate", "95 % interval"), body)
 

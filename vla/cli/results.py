@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vla.statistics import percentiles, wilson
+from vla.runtime.summary import percentiles, wilson_95
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RunRecord:
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json. Percentiles are null where nothing was measured."""
-        low, high = wilson(self.successes, len(self.episodes))
+        low, high = wilson_95(self.successes, len(self.episodes))
         return {
             "episodes": len(self.episodes),
             "successes": self.successes,
