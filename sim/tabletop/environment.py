@@ -85,6 +85,12 @@ class TabletopEnvironment(gymnasium.Env):
         return self._instruction
 
     @property
+    def commanded(self) -> np.ndarray:
+        """float64[D], joint positions of the newest command (the start pose before the first)."""
+        self._require_reset()
+        return self._target.copy()
+
+    @property
     def stamp_ns(self) -> int:
         """Simulated time since the reset."""
         return self._physics_steps * TIMESTEP_NS

@@ -23,7 +23,7 @@ _OPEN_M = 0.066
 _HELD_M = 2 * HALF_WIDTH_M + 0.006
 _CLEAR_M = 0.075  # height above the table's highest neighbour while travelling
 _FUNNEL_SLOPE = 2.2
-_UPRIGHT_DEADBAND_RAD = 0.08
+_UPRIGHT_DEADBAND_RAD = 0.05
 _BEHIND_M = 0.072  # tool to object centre, before a push
 _PUSH_HEIGHT_M = 0.027
 _GRASP_ABOVE_M = 0.005  # tool over the object's centre when grasping: the finger tips stay clear of the table
@@ -62,7 +62,8 @@ class Expert:
         environment = self.environment
         positions = environment.scene.joint_positions()
         tool = environment.kinematics.forward(positions)[0]
-        rotation = environment.kinematics.state(positions)[3:6].astype(np.float64)
+        # Judged by what was commanded: a servo's lag in mid-motion is not a tilt to correct.
+        rotation = environment.kinematics.state(environment.commanded)[3:6].astype(np.float64)
         plan = self._push if environment.goal.family == "push" else self._carry
         error, gripper, speed = plan(tool, float(positions[-1]))
         move = self._gain * error
@@ -85,7 +86,8 @@ class Expert:
         between = abs(offset[1]) < 0.02 and abs(offset[0]) < 0.018 and abs(offset[2]) < 0.025
         held = between and opening < _HELD_M
 
-        if tasks.at_destination(scene, goal, slack=0.8) and (not held or abs(thing[2] - place[2]) < 0.006):
+        # Stricter about letting go than about leaving it there, so that small disturbances do not start over.
+        if tasks.at_destination(scene, goal, slack=0.5 if held else 0.9) and (not held or thing[2] - place[2] < 0.005):
             # Let go, and rise once the fingers are clear.
             clear = np.clip((opening - _HELD_M - 0.006) / 0.012, 0.0, 1.0) if between else 1.0
             return np.array([0.0, 0.0, clear * max(0.0, place[2] + 0.12 - tool[2])]), 1.0, CRUISE_M_S

@@ -181,9 +181,10 @@ class Scene:
         start = self._object_dof[index]
         return float(np.linalg.norm(self.data.qvel[start : start + 3]))
 
-    def object_up(self, index: int) -> float:
-        """Cosine between the object's own axis and the vertical."""
-        return float(self.data.xmat[self._object_body[index]][8])
+    def upright(self, index: int) -> bool:
+        """Whether a movable object stands on a face it may stand on: a cylinder on its base, a cube on any side."""
+        vertical = np.abs(self.data.xmat[self._object_body[index]][6:9])  # of the object's own three axes
+        return bool((vertical.max() if self.movable[index].shape == "cube" else vertical[2]) > 0.95)
 
     def touched(self, index: int) -> bool:
         """Whether a finger touches movable `index`."""

@@ -232,8 +232,6 @@ def achieved(scene: Scene, goal: Goal) -> bool:
     others = (index for index in range(len(scene.movable)) if index != goal.object)
     if any(np.linalg.norm(displacement(scene, index)) > 0.03 for index in others):
         return False
-    if scene.object_up(goal.object) < 0.95:
-        return False
     if goal.family == "push":
         direction = np.array(DIRECTIONS[str(goal.target)])
         shift = displacement(scene, goal.object)
