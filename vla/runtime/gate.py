@@ -204,6 +204,10 @@ class Gate:
     def at_rest(self) -> bool:
         return not np.any(self._velocity)
 
+    def silent(self, now_ns: int, heartbeat_ns: int | None) -> bool:
+        """No sign of life of the policy for as long as the heartbeat timeout, or none at all."""
+        return heartbeat_ns is None or now_ns - heartbeat_ns >= self._heartbeat_ns
+
     # ---- one tick ----
     def step(
         self,
@@ -264,7 +268,7 @@ class Gate:
         stamp_ns: int | None,
         heartbeat_ns: int | None,
     ) -> Reason:
-        if heartbeat_ns is None or now_ns - heartbeat_ns >= self._heartbeat_ns:
+        if self.silent(now_ns, heartbeat_ns):
             return Reason.HEARTBEAT
         if positions is None or stamp_ns is None or not np.all(np.isfinite(positions)):
             return Reason.JOINT_STATE_INVALID
@@ -310,7 +314,8 @@ class Gate:
         limits, position = self._limits, self._command
         if dt <= 0.0:
             return Reason.ACCELERATION  # the same instant again: nothing may move
-        goal = np.minimum(np.maximum(target, limits.lower), limits.upper)
+        # From outside the limits a goal may lie between here and the limit, but nothing moves unless it is asked to.
+        goal = np.minimum(np.maximum(target, np.minimum(limits.lower, position)), np.maximum(limits.upper, position))
         outside = bool(np.any((goal != target)[self._arm]))
         wanted = (goal - position) / dt
         low, high = velocity_bounds(position, self._velocity, limits, dt)
