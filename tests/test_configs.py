@@ -1,0 +1,72 @@
+"""Every shipped config composes, with every choice of every group, and binds to the constructors it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from vla.cli.config import check_arguments, compose, target_of
+from vla.resources import config_dir, embodiment_names, load_embodiment, robot_model
+
+CONFIGS = config_dir()
+PRIMARY = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def required(name: str) -> list[str]:
+    """Overrides that fill what a config leaves to its user."""
+    data = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    return [f"{key}=somewhere" for key, value in data.items() if value == "???"]
+
+
+def choices() -> Iterator[tuple[str, list[str]]]:
+    for name in PRIMARY:
+        yield name, []
+        for item in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).get("defaults", []):
+            if isinstance(item, dict):
+                (group,) = item
+                yield from ((name, [f"{group}={path.stem}"]) for path in sorted((CONFIGS / group).glob("*.yaml")))
+
+
+def targets(node: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from targets(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from targets(value, f"{where}[{index}]")
+
+
+CASES = list(choices())
+
+
+def test_there_are_configs() -> None:
+    assert PRIMARY
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES, ids=[f"{n} {' '.join(o)}".strip() for n, o in CASES])
+def test_config_composes_and_binds(name: str, overrides: list[str]) -> None:
+    config = compose(name, [*required(name), *overrides])
+    found = list(targets(config, name))
+    assert found and found[0][0] == name, f"{name}.yaml does not say what it constructs (_target_)"
+    for where, node in found:
+        target = target_of(node, where)
+        check_arguments(target, {key: value for key, value in node.items() if key != "_target_"}, where)
+
+
+def test_every_group_file_is_reachable() -> None:
+    groups = {path.parent.name for path in CONFIGS.glob("*/*.yaml")} - {"embodiment"}
+    reached = {override.partition("=")[0] for _, overrides in CASES for override in overrides}
+    assert groups <= reached, f"nobody chooses from {sorted(groups - reached)}"
+
+
+@pytest.mark.parametrize("name", embodiment_names())
+def test_embodiments_load_and_find_their_model(name: str) -> None:
+    robot = load_embodiment(name)
+    assert robot.name
+    if robot.robot_model:
+        assert robot_model(robot).is_file()
