@@ -18,7 +18,7 @@ from sim.tabletop.scene import HALF_HEIGHT_M, HALF_WIDTH_M
 CRUISE_M_S = 0.42
 PUSH_M_S = 0.26
 _ACCELERATION_S = 0.15  # from rest to cruise
-_TIME_CONSTANT_S = 0.09
+_TIME_CONSTANT_S = 0.10
 _OPEN_M = 0.066
 _HELD_M = 2 * HALF_WIDTH_M + 0.006
 _CLEAR_M = 0.075  # height above the table's highest neighbour while travelling
@@ -70,6 +70,8 @@ class Expert:
         move *= min(1.0, speed * self._period / max(1e-9, float(np.linalg.norm(move))))
         change = move - self._last
         limit = CRUISE_M_S * self._period * min(1.0, self._period / _ACCELERATION_S)
+        if np.linalg.norm(move) < np.linalg.norm(self._last):
+            limit *= 2.0  # braking harder than starting keeps the tool from overshooting into the table
         move = self._last + change * min(1.0, limit / max(1e-9, float(np.linalg.norm(change))))
         self._last = move
         # Exactly zero while upright: a dimension that never moves costs the tokenizer nothing.
