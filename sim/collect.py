@@ -13,59 +13,32 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from sim.environment import EVAL_SEED_START, Environment, make
+from sim.control import Expert, control_loop, make_expert
+from sim.environment import EVAL_SEED_START, make
+from vla.data.lerobot import IMAGE_PREFIX
 from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, VlaError, explain, nearest
-from vla.types import Command, ControlMode
+from vla.policy import InferContext, InferResult
+from vla.runtime.loop import run_episode
+from vla.runtime.scheduler import SequentialScheduler
+from vla.types import ActionChunk, Command, ControlMode, Observation
 
 log = logging.getLogger(__name__)
-
-
-class Expert(Protocol):
-    """Reads simulator state, which no policy can. `action` is what it would do now, whatever was executed before."""
-
-    def reset(self) -> None:
-        """Plan anew for the scene as it stands, right after the environment was reset."""
-        ...
-
-    def action(self) -> np.ndarray:
-        """float32[A] in physical units."""
-        ...
-
-
-# environment -> "module:constructor"; the constructor takes the environment
-EXPERTS = {
-    "tabletop": "sim.tabletop.expert:Expert",
-    "libero_spatial": "sim.libero.expert:LiberoExpert",
-    "libero_object": "sim.libero.expert:LiberoExpert",
-    "libero_goal": "sim.libero.expert:LiberoExpert",
-    "libero_10": "sim.libero.expert:LiberoExpert",
-}
-
-
-def make_expert(name: str, environment: Environment) -> Expert:
-    """The scripted expert of an environment; ConfigError when it has none."""
-    if name not in EXPERTS:
-        raise ConfigError(f"expert: none for environment {name!r}. {nearest(name, EXPERTS)}")
-    module, _, attribute = EXPERTS[name].partition(":")
-    expert: Expert = getattr(importlib.import_module(module), attribute)(environment)
-    return expert
 
 
 @dataclass(frozen=True)
@@ -147,7 +120,7 @@ class CollectReport:
 def spec_of(embodiment: Embodiment, codec: str) -> DatasetSpec:
     """The features that demonstrations of this embodiment have."""
     features: dict[str, Feature] = {
-        f"observation.images.{camera.name}": Feature("video", (camera.height, camera.width, 3), tuple(IMAGE_NAMES))
+        f"{IMAGE_PREFIX}{camera.name}": Feature("video", (camera.height, camera.width, 3), tuple(IMAGE_NAMES))
         for camera in embodiment.cameras
     }
     features["observation.state"] = Feature("float32", (embodiment.state_dim,), embodiment.state_names)
@@ -195,61 +168,57 @@ class Perturbation:
         return pushed, True
 
 
+class Teacher:
+    """An expert as a policy that says one thing and does another: `said` is recorded, the chunk is executed."""
+
+    def __init__(self, expert: Expert, embodiment: Embodiment, noise: Noise):
+        self.embodiment, self.horizon = embodiment, 1
+        self._expert, self._noise = expert, noise
+
+    def reset(self, seed: int) -> None:
+        self._expert.reset()
+        self.perturbation = Perturbation(self._noise, self.embodiment, seed)
+
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        self.said = np.asarray(self._expert.action(), np.float32)
+        executed, self.differs = self.perturbation.apply(self.said)
+        chunk = ActionChunk(np.asarray(executed, np.float32)[None], contexts[0].start_ns, self.embodiment.period_s)
+        return [InferResult(chunk)]
+
+
 def run_expert(
-    environment: Any,
-    expert: Expert,
-    seed: int,
-    task: str,
-    noise: Noise,
-    render: bool = True,
+    environment: Any, expert: Expert, seed: int, task: str, noise: Noise, render: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """One episode; None when the expert fails. Returns (arrays [T, ...] per feature, facts about the episode)."""
+    """One episode through the control loop; None when the expert fails.
+
+    Returns (arrays [T, ...] per feature, facts about the episode). Without `render` there are no images.
+    """
     embodiment: Embodiment = environment.embodiment
-    observation, info = environment.reset(seed=seed, options={"task": task})
-    expert.reset()
-    convert = command_chain(environment)
-    perturbation = Perturbation(noise, embodiment, seed)
-    frames: dict[str, list[np.ndarray]] = {f"observation.images.{name}": [] for name in embodiment.camera_names}
-    states, actions, perturbed = [], [], []
-    instruction = observation.instruction
-    success = False
-    for _ in range(environment.max_steps):
-        if render:
-            for name in embodiment.camera_names:
-                frames[f"observation.images.{name}"].append(np.array(observation.images[name]))
-        action = np.asarray(expert.action(), np.float32)
-        executed, differs = perturbation.apply(action)
-        states.append(np.array(observation.state, np.float32))
-        actions.append(action)
-        perturbed.append([differs])
-        observation, _, terminated, truncated, info = environment.step(convert(executed, info["stamp_ns"]))
-        success = bool(info["success"])
-        if terminated or truncated or success:
-            break
-    if not success:
+    teacher = Teacher(expert, embodiment, noise)
+    cameras = embodiment.camera_names if render else ()
+    rows: dict[str, list[np.ndarray]] = {f"{IMAGE_PREFIX}{name}": [] for name in cameras}
+    rows |= {"observation.state": [], "action": [], "perturbed": []}
+
+    def record(observation: Observation, command: Command, info: Mapping[str, Any]) -> None:
+        for name in cameras:
+            rows[f"{IMAGE_PREFIX}{name}"].append(np.array(observation.images[name]))
+        rows["observation.state"].append(np.array(observation.state, np.float32))
+        rows["action"].append(teacher.said)
+        rows["perturbed"].append(np.array([teacher.differs]))
+
+    loop = control_loop(embodiment, SequentialScheduler(execute=1))
+    result = run_episode(environment, teacher, loop, seed, task=task, on_step=record)
+    if not result.success:
         return None
-    arrays = {key: np.stack(value) for key, value in frames.items()} if render else {}
-    arrays |= {"observation.state": np.stack(states), "action": np.stack(actions), "perturbed": np.array(perturbed)}
-    facts = {"seed": seed, "task": task, "family": info.get("family", task), "noise_level": perturbation.level}
-    return arrays, facts | {"instruction": instruction, "steps": len(actions)}
-
-
-def command_chain(environment: Any) -> Callable[[np.ndarray, int], Command]:
-    """action (physical units), stamp -> Command: the chain that execution uses, starting from where the arm is now."""
-    embodiment: Embodiment = environment.embodiment
-    if embodiment.control_mode is ControlMode.OSC_DELTA:
-        return lambda action, stamp_ns: Command(embodiment.control_mode, np.asarray(action, np.float64), stamp_ns)
-    from vla.runtime.kinematics import Kinematics
-
-    kinematics = Kinematics(embodiment)
-    reference = np.array(environment.joint_state()[1], np.float64)
-
-    def convert(action: np.ndarray, stamp_ns: int) -> Command:
-        nonlocal reference
-        reference = np.asarray(kinematics.solve(action, reference), np.float64)
-        return Command(embodiment.control_mode, reference.copy(), stamp_ns)
-
-    return convert
+    facts = {
+        "seed": seed,
+        "task": task,
+        "family": result.family,
+        "instruction": result.instruction,
+        "steps": result.steps,
+        "noise_level": teacher.perturbation.level,
+    }
+    return {key: np.stack(values) for key, values in rows.items()}, facts
 
 
 # ---- worker processes ----
@@ -432,6 +401,7 @@ class _bar:
     """A progress bar as a context: `advance(kept, wanted, attempts, frames)`."""
 
     def __init__(self, show: bool):
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._progress = Progress(
@@ -441,10 +411,11 @@ class _bar:
             TextColumn("{task.fields[rate]:.0f} frames/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            disable=not show,
+            disable=not show or not Console().is_terminal,
         )
         self._task = self._progress.add_task("collect", total=1, attempts=0, rate=0.0)
         self._began = time.perf_counter()
+        self._logged = 0
 
     def __enter__(self) -> Callable[[int, int, int, int], None]:
         self._progress.start()
@@ -453,6 +424,9 @@ class _bar:
     def _advance(self, kept: int, wanted: int, attempts: int, frames: int) -> None:
         rate = frames / max(time.perf_counter() - self._began, 1e-6)
         self._progress.update(self._task, completed=kept, total=wanted, attempts=attempts, rate=rate)
+        if not self._progress.console.is_terminal and kept >= self._logged + max(1, wanted // 20):
+            self._logged = kept
+            log.info("%d of %d episodes, %d attempts, %.0f frames/s", kept, wanted, attempts, rate)
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()

@@ -1,0 +1,358 @@
+"""Success of a policy in simulation, in process, with the controls that show it sees and listens.
+
+Every episode runs through the one control loop (`vla.runtime.loop.run_episode`), on simulated time, so a result repeats
+bit for bit. Seeds are those that no demonstration may have. After every episode the report is on disk: a run that was
+killed continues where it was.
+
+Controls, each a run over the same seeds:
+    none       the measurement itself
+    blank      all images black: what proprioception and luck alone achieve
+    shuffled   the instruction of another scene of the same family: what ignoring language achieves
+    swapped    the very same scene, asked for another of its objects; `followed` counts that the object asked for moved
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.control import control_loop
+from sim.environment import EVAL_SEED_START, make
+from vla.errors import ConfigError, DataError, explain, nearest
+from vla.policy import InferContext, InferResult, Policy
+from vla.runtime.loop import run_episode
+from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
+from vla.runtime.summary import percentiles, wilson_95
+from vla.types import Observation
+
+CONTROLS = ("none", "blank", "shuffled", "swapped")
+SCHEDULERS = ("overlapped", "sequential")
+_SHUFFLE_DISTANCE = 500_000  # seeds of other scenes lie this far from the evaluated ones
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Arguments of `evaluate`.
+
+    env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns by seed).
+    episodes: how many, with seeds seed, seed + 1, ... control: one of CONTROLS.
+    scheduler, execute, lead: see vla.runtime.scheduler. latency_s: simulated time from observation to chunk; it hides
+    behind the running chunk when it is at most lead periods. out: report file ("" keeps it in memory).
+    env_options: further arguments of the environment. demonstration_seeds: allow seeds that training may have seen.
+    """
+
+    env: str = "tabletop"
+    task: str = "all"
+    episodes: int = 200
+    seed: int = EVAL_SEED_START
+    control: str = "none"
+    scheduler: str = "overlapped"
+    execute: int = 8
+    lead: int = 2
+    latency_s: float = 0.05
+    out: str = ""
+    env_options: Mapping[str, Any] = field(default_factory=dict)
+    demonstration_seeds: bool = False
+
+    def __post_init__(self) -> None:
+        if self.control not in CONTROLS:
+            raise ConfigError(f"eval.control: {self.control!r} is unknown. {nearest(self.control, CONTROLS)}")
+        if self.scheduler not in SCHEDULERS:
+            raise ConfigError(f"eval.scheduler: {self.scheduler!r} is unknown. {nearest(self.scheduler, SCHEDULERS)}")
+        if self.episodes < 1:
+            raise ConfigError(explain("eval.episodes", "at least 1", self.episodes, "Give a positive number."))
+        if self.seed < EVAL_SEED_START and not self.demonstration_seeds:
+            raise ConfigError(
+                explain(
+                    "eval.seed",
+                    f"{EVAL_SEED_START} or more",
+                    self.seed,
+                    "Smaller seeds are for demonstrations; set demonstration_seeds=true to measure on them anyway.",
+                )
+            )
+
+    def identity(self, policy_id: str) -> dict[str, Any]:
+        """What decides every single episode: neither how many there are, nor where the report goes."""
+        data = asdict(self) | {"env_options": dict(self.env_options), "policy": policy_id}
+        for key in ("episodes", "out", "demonstration_seeds"):
+            del data[key]
+        return data
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One episode of a report. target: the object that was asked for, moved: the one that was displaced most."""
+
+    seed: int
+    task: str
+    family: str
+    instruction: str
+    success: bool
+    steps: int
+    target: str | None
+    moved: str | None
+    inferences: int
+    inference_p95_ms: float | None
+    gate: dict[str, int]
+    executed: int
+    missed: int
+
+    @property
+    def followed(self) -> bool | None:
+        """The object that moved is the one asked for; None where the environment does not say."""
+        return None if self.target is None else self.moved == self.target
+
+
+@dataclass(frozen=True)
+class Rate:
+    """successes out of trials, with the 95 % Wilson score interval."""
+
+    successes: int
+    trials: int
+
+    @property
+    def rate(self) -> float:
+        return self.successes / self.trials if self.trials else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_95(self.successes, self.trials)
+
+    def to_dict(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {
+            "successes": self.successes,
+            "trials": self.trials,
+            "rate": round(self.rate, 4),
+            "wilson_95": [round(low, 4), round(high, 4)],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All episodes of one run. identity: what they were made with."""
+
+    identity: Mapping[str, Any]
+    episodes: tuple[EpisodeRecord, ...] = ()
+
+    @property
+    def success(self) -> Rate:
+        return Rate(sum(e.success for e in self.episodes), len(self.episodes))
+
+    @property
+    def followed(self) -> Rate | None:
+        """How often the object that moved was the one asked for."""
+        known = [e.followed for e in self.episodes if e.followed is not None]
+        return Rate(sum(known), len(known)) if known else None
+
+    def families(self) -> dict[str, Rate]:
+        """Success per task family, in alphabetical order."""
+        out = {}
+        for family in sorted({e.family for e in self.episodes}):
+            own = [e.success for e in self.episodes if e.family == family]
+            out[family] = Rate(sum(own), len(own))
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        p95 = [e.inference_p95_ms for e in self.episodes if e.inference_p95_ms is not None]
+        return {
+            "identity": dict(self.identity),
+            "success": self.success.to_dict(),
+            "families": {name: rate.to_dict() for name, rate in self.families().items()},
+            "followed": self.followed.to_dict() if self.followed else None,
+            "episode_inference_p95_ms": percentiles(p95, (50, 95)),
+            "episodes": [asdict(e) for e in self.episodes],
+        }
+
+    def table(self) -> str:
+        """Success per family and overall, with intervals, as text."""
+        rows = [*self.families().items(), ("all", self.success)]
+        if self.followed:
+            rows.append(("object followed", self.followed))
+        lines = [f"{'':16} {'success':>9} {'rate':>7}  95 % interval"]
+        for name, rate in rows:
+            low, high = rate.interval
+            share = f"{rate.successes}/{rate.trials}"
+            lines.append(f"{name:16} {share:>9} {100 * rate.rate:6.1f}%  {100 * low:.1f} to {100 * high:.1f} %")
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """As JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        try:
+            data = json.loads(path.read_text())
+            return cls(data["identity"], tuple(EpisodeRecord(**record) for record in data["episodes"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                explain(str(path), "a report of `vla eval`", f"{type(error).__name__}: {error}", "Remove this file.")
+            ) from error
+
+
+def evaluate(
+    policy: Policy,
+    config: EvalConfig,
+    policy_id: str = "",
+    environment: Any = None,
+    on_episode: Callable[[Report], None] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Run the episodes that the report at `config.out` does not have yet, and return all of them.
+
+    policy_id: identifies the policy in the report, for example a bundle hash. environment: one to reuse (it stays
+    open), otherwise one is made and closed. Raises EmbodimentMismatch when the policy is for another robot, ConfigError
+    when `out` holds the report of another run.
+    """
+    identity = json.loads(json.dumps(config.identity(policy_id)))
+    report = _begun(config, identity)
+    env = environment if environment is not None else make(config.env, **config.env_options)
+    try:
+        env.embodiment.require_same(policy.embodiment, f"environment {config.env} and policy")
+        tasks = _tasks(config, tuple(env.tasks))
+        loop = control_loop(env.embodiment, _scheduler(config))
+        seen = BlankImages(policy) if config.control == "blank" else policy
+        done = {record.seed for record in report.episodes}
+        todo = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in done]
+        for seed in _bar(todo, config, progress):
+            task = tasks[(seed - config.seed) % len(tasks)]
+            record = _run(env, seen, loop, seed, task, config)
+            report = replace(report, episodes=tuple(sorted((*report.episodes, record), key=lambda e: e.seed)))
+            if config.out:
+                report.write(Path(config.out))
+            if on_episode:
+                on_episode(report)
+        return report
+    finally:
+        if environment is None:
+            env.close()
+
+
+def _run(env: Any, policy: Policy, loop: Any, seed: int, task: str, config: EvalConfig) -> EpisodeRecord:
+    instruction = _foreign_instruction(env, seed, task) if config.control == "shuffled" else None
+    arm = _Swapped(env) if config.control == "swapped" else env
+    facts: dict[str, Any] = {}
+    result = run_episode(
+        arm,
+        policy,
+        loop,
+        seed,
+        task=task,
+        latency_s=config.latency_s,
+        on_step=lambda observation, command, info: facts.update(target=info.get("object")),
+        instruction=instruction,
+    )
+    return EpisodeRecord(
+        seed=seed,
+        task=task,
+        family=result.family,
+        instruction=result.instruction,
+        success=result.success,
+        steps=result.steps,
+        target=facts.get("target"),
+        moved=result.moved,
+        inferences=len(result.inference_ms),
+        inference_p95_ms=percentiles(result.inference_ms, (95,))["p95"],
+        gate=result.gate,
+        executed=result.executed,
+        missed=result.missed,
+    )
+
+
+def _foreign_instruction(env: Any, seed: int, task: str) -> str:
+    """What another scene of the same family asks for; never the words of this one."""
+    env.reset(seed=seed, options={"task": task})
+    own = env.instruction
+    for distance in range(_SHUFFLE_DISTANCE, _SHUFFLE_DISTANCE + 50):
+        env.reset(seed=seed + distance, options={"task": task})
+        if env.instruction != own:
+            return str(env.instruction)
+    raise ConfigError(
+        explain(
+            "eval.control",
+            "a task with several instructions",
+            f"only {own!r} for {task!r}",
+            "The shuffled control needs task families whose instructions differ; use blank.",
+        )
+    )
+
+
+class _Swapped:
+    """An environment that is always asked for another object of the same scene."""
+
+    def __init__(self, env: Any):
+        self._env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return self._env.reset(seed=seed, options={**(options or {}), "swap": True})
+
+
+class BlankImages:
+    """A policy whose eyes are shut: every image is black, the rest is as it is."""
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self.embodiment, self.horizon = policy.embodiment, policy.horizon
+
+    def reset(self, seed: int) -> None:
+        self._policy.reset(seed)
+
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        black = {
+            camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in self.embodiment.cameras
+        }
+        blind = [
+            replace(o, images=black, history=tuple(replace(frame, images=black) for frame in o.history))
+            for o in observations
+        ]
+        return self._policy.infer_batch(blind, contexts)
+
+
+def _begun(config: EvalConfig, identity: dict[str, Any]) -> Report:
+    path = Path(config.out) if config.out else None
+    if path is None or not path.exists():
+        return Report(identity)
+    report = Report.read(path)
+    differing = [key for key in identity if identity[key] != report.identity.get(key)]
+    if differing:
+        pairs = ", ".join(f"{key}={report.identity.get(key)!r} there, {identity[key]!r} now" for key in differing)
+        raise ConfigError(
+            explain("eval.out", "the report that was begun there", f"{pairs} ({path})", "Choose another `out`.")
+        )
+    last = config.seed + config.episodes
+    return replace(report, episodes=tuple(e for e in report.episodes if config.seed <= e.seed < last))
+
+
+def _tasks(config: EvalConfig, known: tuple[str, ...]) -> tuple[str, ...]:
+    if config.task == "all":
+        return tuple(task for task in known if task != "all")
+    if config.task not in known:
+        raise ConfigError(f"task: {config.task!r} is not one of {config.env}. {nearest(config.task, known)}")
+    return (config.task,)
+
+
+def _scheduler(config: EvalConfig) -> SequentialScheduler | OverlappedScheduler:
+    if config.scheduler == "sequential":
+        return SequentialScheduler(config.execute)
+    return OverlappedScheduler(config.execute, config.lead)
+
+
+def _bar(todo: list[int], config: EvalConfig, show: bool) -> Any:
+    if not show:
+        return todo
+    from rich.progress import track
+
+    return track(todo, description=f"eval {config.env} ({config.control})")
