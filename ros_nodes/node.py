@@ -62,10 +62,12 @@ HEARTBEAT_TIMEOUT_NS = 150_000_000
 # ---- time and effects ----
 class Now(NamedTuple):
     """stamp_ns: the graph's time (ROS time; simulated when /clock is followed): stamps and due times.
-    steady_ns: CLOCK_MONOTONIC of this machine: watchdogs and timers, which must run on when simulated time stands."""
+    steady_ns: CLOCK_MONOTONIC of this machine: watchdogs and timers, which must run on when simulated time stands.
+    received_ns: steady time at which the message arrived here, which may be earlier; 0 in timer calls."""
 
     stamp_ns: int
     steady_ns: int
+    received_ns: int = 0
 
 
 class Send(NamedTuple):
@@ -93,7 +95,7 @@ class NodeCore(Protocol):
     next_tick_ns: int
 
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
-        """now.steady_ns is when the message was received."""
+        """now is the present, never earlier than that of the call before; now.received_ns is when the message came."""
         ...
 
     def on_reject(self, topic: str, reason: str, now: Now) -> Effects:

@@ -10,6 +10,7 @@ also receives, 20 times a second, and stays silent while one inference hangs for
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import deque
 from collections.abc import Callable
@@ -45,7 +46,7 @@ from ros_nodes.node import (
     Periodic,
     Send,
 )
-from ros_nodes.request import Request
+from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
 from vla.errors import ObservationError, TransportError, VlaError, explain
 from vla.policy import InferContext, InferResult, Policy, infer
@@ -242,9 +243,11 @@ class PolicyCore:
             "passes": str(report.passes), "repaired": str(report.repaired), "tokens": str(len(report.ids)),
             "confidence": f"{report.confidence:.3f}", "reused": report.reused,
         }  # fmt: skip
-        chunk_id = f"{request.episode}/{request.number}/{self._chunks}"
+        chunk_id = ChunkId(
+            request.episode, request.number, self._chunks, round(latency_ms * 1e3), report.passes, report.repaired
+        )
         self._chunks += 1
-        message = chunk_to_trajectory(result.chunk, self._robot.action_names, chunk_id)
+        message = chunk_to_trajectory(result.chunk, self._robot.action_names, chunk_id.text())
         return (Send(CHUNK.topic, message), *self._try_to_infer(now))
 
     # ---- heartbeat ----
@@ -282,3 +285,34 @@ class PolicyCore:
 def _closest(items: deque[tuple[int, np.ndarray]], stamp_ns: int, slop_ns: int) -> np.ndarray | None:
     best = min(items, key=lambda item: abs(item[0] - stamp_ns), default=None)
     return best[1] if best is not None and abs(best[0] - stamp_ns) <= slop_ns else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from ros_nodes import wheel_shell
+    from ros_nodes.policies import load_policy
+
+    parser = argparse.ArgumentParser("policy_node", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--policy", required=True, help="bundle folder, name of a shipped bundle, or 'hold'")
+    parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (default: 1)")
+    parser.add_argument("--embodiment", help="refuse a policy made for another robot; needed for 'hold'")
+    parser.add_argument(
+        "--slop", type=float, default=0.02, metavar="S", help="largest distance of stamps in one observation"
+    )
+    parser.add_argument("--max-age", type=float, default=0.5, metavar="S", help="oldest usable observation")
+    parser.add_argument(
+        "--hang-limit", type=float, default=1.0, metavar="S", help="inference time that silences the heartbeat"
+    )
+    wheel_shell.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    policy = load_policy(options.policy, options.embodiment, options.threads)
+    state = None
+    if policy.embodiment.action_space != "osc_delta":
+        from vla.runtime.kinematics import Kinematics
+
+        state = Kinematics(policy.embodiment).state
+    core = PolicyCore(policy, state, options.slop, options.max_age, options.hang_limit)
+    wheel_shell.run(core, options)
+
+
+if __name__ == "__main__":
+    main()

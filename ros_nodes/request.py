@@ -1,7 +1,8 @@
-"""The inference request of the command node to the policy node: JSON in a std_msgs/String, versioned.
+"""What command node and policy node say to each other beside the actions.
 
-It carries what a decoder needs to know about execution (see vla.policy.InferContext), so that the policy node needs no
-view of the robot's commands. Numbers survive unchanged: float32 -> JSON -> float32 is exact.
+A request is JSON in a std_msgs/String, versioned. It carries what a decoder needs to know about execution (see
+vla.policy.InferContext), so that the policy node needs no view of the robot's commands. Numbers survive unchanged:
+float32 -> JSON -> float32 is exact. The answer is a JointTrajectory whose frame_id is a ChunkId.
 """
 
 from __future__ import annotations
@@ -87,3 +88,36 @@ def _integer(data: dict[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise TransportError(explain(f"request.{key}", "a 64-bit integer", repr(value)[:40], "Send every key."))
     return value
+
+
+@dataclass(frozen=True)
+class ChunkId:
+    """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`.
+
+    number: running number of the policy process. infer_us: wall time of the inference.
+    """
+
+    episode: int
+    request: int
+    number: int
+    infer_us: int = 0
+    passes: int = 0
+    repaired: int = 0
+
+    def text(self) -> str:
+        numbers = (self.episode, self.request, self.number, self.infer_us, self.passes, self.repaired)
+        return "/".join(["v1", *map(str, numbers)])
+
+    @classmethod
+    def read(cls, text: str) -> ChunkId:
+        """Inverse of `text`, or TransportError."""
+        version, *rest = text[:120].split("/")
+        try:
+            numbers = [int(item) for item in rest]
+        except ValueError:
+            numbers = []
+        if version != "v1" or len(numbers) != 6:
+            raise TransportError(
+                explain("chunk frame_id", "v1/ and six whole numbers", repr(text[:60]), "Run nodes of one release.")
+            )
+        return cls(*numbers)

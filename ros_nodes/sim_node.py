@@ -50,7 +50,7 @@ from ros_nodes.node import (
     Periodic,
     Send,
 )
-from ros_nodes.request import Request
+from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
 from vla.types import NS_PER_S, ActionChunk, Command, ControlMode, Observation
@@ -183,7 +183,7 @@ class SimCore:
             return ()
         action = np.asarray(self._expert.act(), np.float32)[None]
         chunk = ActionChunk(action, self._stamp_ns, self._robot.period_s)
-        chunk_id = f"{request.episode}/{request.number}/{self._chunks}"
+        chunk_id = ChunkId(request.episode, request.number, self._chunks).text()
         self._chunks += 1
         return (Send(CHUNK.topic, chunk_to_trajectory(chunk, self._robot.action_names, chunk_id)),)
 

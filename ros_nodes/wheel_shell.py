@@ -39,9 +39,9 @@ class GraphClock:
         given = os.environ.get(CLOCK_OFFSET_VARIABLE, "")
         self._offset_ns = int(given) if given else time.time_ns() - time.monotonic_ns()
 
-    def now(self, steady_ns: int | None = None) -> Now:
-        steady = time.monotonic_ns() if steady_ns is None else steady_ns
-        return Now(self._simulated_ns if self.simulated else steady + self._offset_ns, steady)
+    def now(self, received_ns: int = 0) -> Now:
+        steady = time.monotonic_ns()
+        return Now(self._simulated_ns if self.simulated else steady + self._offset_ns, steady, received_ns)
 
     def follow(self, stamp_ns: int) -> None:
         self._simulated_ns = stamp_ns

@@ -106,7 +106,8 @@ class ControlLoop:
         began = time.perf_counter()
         missed_before = self.scheduler.missed_actions
         due = self.scheduler.due(now_ns)
-        if due is None and self.scheduler.waiting and self.last[1] is not None:
+        silent = self.gate.silent(now_ns, self._heartbeat_ns)
+        if due is None and self.scheduler.waiting and self.last[1] is not None and not silent:
             return self._command(now_ns, self.last[1])  # an extra tick within a slot: the command stands
         target, upstream, scaled = self._target(due)
         decision = self.gate.step(

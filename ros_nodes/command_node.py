@@ -1,0 +1,417 @@
+"""Command node: scheduler and gate in a process of their own, without torch.
+
+    python -m ros_nodes.command_node --embodiment tabletop --out runs/trace
+
+Each control period it asks the policy for a chunk when the scheduler wants one, turns the due action into a joint
+command through the control loop (tool limits, inverse kinematics, gate) and publishes it. The policy's heartbeat is
+timed by its arrival on this machine's monotonic clock: after 150 ms of silence the arm brakes, even if actions are
+still due, and goes on when the policy is back. Every reason is on /diagnostics and in the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ros_nodes.messages import (
+    ERROR,
+    OK,
+    WARN,
+    Diagnostics,
+    JointState,
+    Message,
+    Status,
+    Text,
+    Trajectory,
+    Values,
+    trajectory_to_chunk,
+)
+from ros_nodes.node import (
+    CHUNK,
+    CONTROL,
+    CONTROL_STATUS,
+    DIAGNOSTICS,
+    HEARTBEAT,
+    HEARTBEAT_TIMEOUT_NS,
+    JOINT_STATES,
+    REQUEST,
+    SIM_STATUS,
+    Effects,
+    Endpoint,
+    Job,
+    Now,
+    Periodic,
+    Send,
+)
+from ros_nodes.request import ChunkId, Request
+from vla.embodiment import Embodiment
+from vla.errors import TransportError, VlaError, explain, nearest
+from vla.policy import DecodeReport, InferResult
+from vla.runtime.gate import Gate, Reason, Verdict
+from vla.runtime.loop import ControlLoop
+from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
+from vla.runtime.summary import stop_reasons, summarize
+from vla.runtime.trace import EpisodeRow, Trace
+from vla.types import NS_PER_S
+
+MAX_STOPS_KEPT = 1000
+POLL_NS = 10_000_000  # how often the watchdog looks between control periods
+STATUS_PERIOD_NS = 200_000_000
+OPERATIONS = ("go", "stop", "resume", "done", "save")
+
+
+class CommandCore:
+    """loop: scheduler, gate, kinematics and trace of one arm.
+
+    slot_wait_s: a request made at the start of a control period may be answered this long into it before the period
+    goes on without. 0 for policies that infer while the last chunk runs; for policies that plan one action at a time
+    (scripted experts) it must cover their answer.
+    """
+
+    name = "vla_command"
+
+    def __init__(self, loop: ControlLoop, out: Path | None = None, slot_wait_s: float = 0.0):
+        self._loop, self._out = loop, out
+        self._robot: Embodiment = loop.embodiment
+        self._period_ns = round(NS_PER_S / self._robot.rate_hz)
+        self._wait_ns = round(slot_wait_s * NS_PER_S)
+        self._topic = self._robot.command_topic or "/arm_controller/commands"
+        self._joint_names = tuple(joint.name for joint in self._robot.joints)
+        self.subscriptions = (JOINT_STATES, CHUNK, HEARTBEAT, SIM_STATUS, CONTROL)
+        self.publications = (Endpoint(self._topic, Values.type_name), REQUEST, CONTROL_STATUS, DIAGNOSTICS)
+        self.next_tick_ns = 0
+        self._slots = Periodic(self._period_ns)
+        self._reports = Periodic(STATUS_PERIOD_NS)
+        self._joints: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        self._joint_fault = "no joint states yet"
+        self._beat_ns: int | None = None  # steady time of the last heartbeat
+        self._policy_says = ""
+        self._episode: dict[str, Any] | None = None
+        self._phase = "idle"  # idle, armed (an episode is announced), running
+        self._last_ns = 0
+        self._silent = False
+        self._requests = 0
+        self._asked: tuple[int, int] | None = None  # (number, stamp) of the open request
+        self._open_until: int | None = None  # steady time until which this period waits for its chunk
+        self._policy_number = -1
+        self._faults: dict[str, str] = {}
+        self._last_reason: Reason | None = None
+        self._stops: list[dict[str, Any]] = []
+        self._commands = 0
+
+    # ---- messages in ----
+    def on_message(self, topic: str, message: Message, now: Now) -> Effects:
+        effects: Effects = ()
+        if isinstance(message, JointState):
+            self._on_joints(message)
+        elif isinstance(message, Trajectory):
+            self._on_chunk(message, now)
+        elif isinstance(message, Status):
+            self._beat_ns, self._policy_says = now.received_ns, message.message
+        elif topic == SIM_STATUS.topic and isinstance(message, Text):
+            effects = self._guarded(topic, message, self._on_episode, now)
+        elif topic == CONTROL.topic and isinstance(message, Text):
+            effects = self._guarded(topic, message, self._on_control, now)
+        return (*effects, *self._control(now))
+
+    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        self._faults[topic] = reason
+        return ()
+
+    def on_result(self, name: str, value: Any, now: Now) -> Effects:
+        if isinstance(value, Exception):
+            self._faults[name] = f"{type(value).__name__}: {value}"
+        return (Send(CONTROL_STATUS.topic, Text.of(saved=str(value), episode=self._episode_number())),)
+
+    def _guarded(self, topic: str, message: Text, handle: Any, now: Now) -> Effects:
+        try:
+            effects: Effects = handle(message.object(), now)
+            self._faults.pop(topic, None)
+            return effects
+        except (TransportError, KeyError, TypeError, ValueError) as error:
+            self._faults[topic] = f"{topic}: {type(error).__name__}: {error}"
+            return ()
+
+    def _on_joints(self, message: JointState) -> None:
+        index = {name: i for i, name in enumerate(message.names)}
+        missing = [name for name in self._joint_names if name not in index]
+        if missing or len(message.positions) != len(message.names):
+            got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
+            self._joint_fault = explain(
+                "joint states", f"positions of {list(self._joint_names)}", got, "Fix the driver."
+            )
+            self._joints = None
+            return
+        order = [index[name] for name in self._joint_names]
+        positions = message.positions[order]
+        if not np.all(np.isfinite(positions)):
+            self._joint_fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
+            self._joints = None
+            return
+        velocities = message.velocities[order] if len(message.velocities) == len(message.names) else None
+        self._joints, self._joint_fault = (message.stamp_ns, positions, velocities), ""
+
+    def _on_chunk(self, message: Trajectory, now: Now) -> None:
+        try:
+            identity = ChunkId.read(message.frame_id)
+            chunk = trajectory_to_chunk(message, self._robot.action_names, self._period_ns)
+        except (TransportError, VlaError) as error:
+            self._faults["chunk"] = str(error)
+            return
+        if self._phase != "running" or identity.episode != self._episode_number():
+            return
+        if self._asked is None or identity.request != self._asked[0]:
+            self._faults["chunk"] = "a chunk that answers no open request: is a second policy running?"
+            return
+        report = DecodeReport(passes=identity.passes, repaired=identity.repaired)
+        refused = self._loop.scheduler.submit(InferResult(chunk, report), now.stamp_ns, identity.number)
+        if self._loop.trace is not None:
+            self._loop.trace.inference(
+                self._asked[1], now.stamp_ns, identity.infer_us * 1e-3, report, accepted=not refused
+            )
+        if refused:
+            self._faults["chunk"] = f"chunk refused: {refused}"
+            return
+        self._faults.pop("chunk", None)
+        self._asked, self._policy_number = None, identity.number
+        if self._open_until is not None:
+            self._open_until = 0
+
+    def _on_episode(self, data: dict[str, Any], now: Now) -> Effects:
+        number = int(data["episode"])
+        if data["state"] == "running" and number != self._episode_number():
+            self._begin(number, int(data["seed"]), str(data.get("instruction", "")), int(data["start_ns"]))
+        elif data["state"] == "done" and number == self._episode_number():
+            self._finish(bool(data["success"]), int(data["steps"]), str(data.get("family", "")), now)
+            return (self._status(now),)
+        return ()
+
+    def _on_control(self, data: dict[str, Any], now: Now) -> Effects:
+        operation = str(data.get("op", ""))
+        if operation == "go":
+            self._begin(int(data["episode"]), int(data["seed"]), str(data.get("instruction", "")), now.stamp_ns)
+        elif operation in ("stop", "resume"):
+            self._loop.request_stop(operation == "stop")
+        elif operation == "done":
+            self._finish(bool(data.get("success", False)), int(data.get("steps", 0)), "", now)
+        elif operation == "save":
+            return (Job("save", self.save),)
+        else:
+            raise TransportError(f"op {operation!r} is unknown. {nearest(operation, OPERATIONS)}")
+        return (self._status(now),)
+
+    # ---- episodes ----
+    def _begin(self, number: int, seed: int, instruction: str, start_ns: int) -> None:
+        self._episode = {"episode": number, "seed": seed, "instruction": instruction, "start_ns": start_ns}
+        self._phase, self._asked, self._open_until, self._requests = "armed", None, None, 0
+
+    def _start_if_ready(self, now: Now) -> None:
+        """At rest, with joint states of this episode: the loop begins, its periods counted from the episode's start."""
+        assert self._episode is not None
+        start_ns = self._episode["start_ns"]
+        if now.stamp_ns < start_ns or self._joints is None or self._joints[0] < start_ns - self._period_ns:
+            return
+        self._loop.reset(self._joints[1], now.stamp_ns)
+        if self._loop.trace is not None:
+            self._loop.trace.begin(now.stamp_ns)
+        self._slots = Periodic(self._period_ns, start_ns)
+        self._slots.due(now.stamp_ns - self._period_ns)  # periods before the first joint state are not ours to miss
+        self._slots.skipped = 0
+        self._phase, self._last_ns = "running", now.stamp_ns
+
+    def _finish(self, success: bool, steps: int, task: str, now: Now) -> None:
+        if self._episode is not None and self._phase == "running" and self._loop.trace is not None:
+            seed, words = self._episode["seed"], self._episode["instruction"]
+            self._loop.trace.add_episode(EpisodeRow(seed, task, words, success, steps, now.stamp_ns))
+        self._phase = "idle"
+
+    def _episode_number(self) -> int | None:
+        return None if self._episode is None else int(self._episode["episode"])
+
+    # ---- control ----
+    def tick(self, now: Now) -> Effects:
+        effects = list(self._control(now))
+        if self._reports.due(now.steady_ns):
+            effects += [self._status(now), self._diagnostics(now)]
+        # Woken at the next control period, and often enough in between to notice silence.
+        to_slot = self._slots.next_ns - now.stamp_ns if self._phase == "running" else POLL_NS
+        self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
+        return effects
+
+    def _control(self, now: Now) -> Effects:
+        if self._phase == "armed":
+            self._start_if_ready(now)
+        if self._phase != "running":
+            return ()
+        if now.stamp_ns < self._last_ns:  # time ran backwards: a new grid; the gate stops the arm for it
+            self._slots = Periodic(self._period_ns, now.stamp_ns)
+        self._last_ns = now.stamp_ns
+        if self._open_until is not None:
+            if now.steady_ns < self._open_until:
+                return ()
+            self._open_until = None
+            return self._act(now)
+        if self._slots.due(now.stamp_ns):
+            request = self._ask(now)
+            if request and self._wait_ns:
+                self._open_until = now.steady_ns + self._wait_ns
+                return request
+            return (*request, *self._act(now))
+        # Silence is acted upon when it is noticed, not at the next period.
+        if self._beat_ns is not None and not self._silent and now.steady_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS:
+            return self._act(now)
+        return ()
+
+    def _ask(self, now: Now) -> Effects:
+        scheduler = self._loop.scheduler
+        if not scheduler.should_infer(now.stamp_ns):
+            return ()
+        assert self._episode is not None
+        # Sensors of this very period, when they share its grid; of half a period before, when they do not.
+        oldest_ns = now.stamp_ns - self._period_ns // 2
+        context = scheduler.context(now.stamp_ns, self._episode["seed"], oldest_ns)
+        number, seed = self._requests, self._episode["seed"]
+        self._requests, self._asked = number + 1, (number, now.stamp_ns)
+        request = Request.of(context, self._episode["episode"], seed, number, oldest_ns, self._policy_number)
+        return (Send(REQUEST.topic, request.text()),)
+
+    def _act(self, now: Now) -> Effects:
+        """One tick of the loop and its command."""
+        if self._beat_ns is not None:
+            silence_ns = now.steady_ns - self._beat_ns
+            self._silent = silence_ns >= HEARTBEAT_TIMEOUT_NS
+            self._loop.heartbeat(now.stamp_ns - silence_ns)
+        stamp, positions, velocities = self._joints if self._joints is not None else (None, None, None)
+        command = self._loop.tick(now.stamp_ns, positions, velocities, stamp)
+        self._commands += 1
+        effects: list[Send] = [Send(self._topic, Values(command.values))]
+        decision = self._loop.last[1]
+        if decision is not None and decision.reason is not self._last_reason:
+            self._last_reason = decision.reason
+            if decision.verdict is Verdict.STOP and decision.reason is not Reason.WAITING:
+                self._note_stop(decision.reason, now)
+                effects += [self._status(now), self._diagnostics(now)]
+        return effects
+
+    def _note_stop(self, reason: Reason, now: Now) -> None:
+        silence = None if self._beat_ns is None else round((now.steady_ns - self._beat_ns) / 1e6, 1)
+        if len(self._stops) < MAX_STOPS_KEPT:
+            episode = self._episode_number()
+            self._stops.append(
+                {"episode": episode, "reason": reason.text, "silence_ms": silence, "stamp_ns": now.stamp_ns}
+            )
+
+    # ---- reports ----
+    def _status(self, now: Now) -> Send:
+        scheduler, decision = self._loop.scheduler, self._loop.last[1]
+        return Send(
+            CONTROL_STATUS.topic,
+            Text.of(
+                phase=self._phase,
+                episode=self._episode_number(),
+                verdict="" if decision is None else decision.verdict.name.lower(),
+                reason="" if decision is None else decision.reason.text,
+                due=scheduler.due_actions,
+                missed=scheduler.missed_actions,
+                late=scheduler.late_actions,
+                chunks=scheduler.chunks,
+                queue=scheduler.queue_depth,
+                refused=dict(scheduler.refused),
+                commands=self._commands,
+                stamp_ns=now.stamp_ns,
+            ),
+        )
+
+    def _diagnostics(self, now: Now) -> Send:
+        decision = self._loop.last[1] if self._phase == "running" else None
+        reasons = [] if decision is None or not decision.reason else [decision.reason.text]
+        level = ERROR if decision is not None and decision.verdict is Verdict.STOP else WARN if reasons else OK
+        faults = {**self._faults, **({"joint_states": self._joint_fault} if self._joint_fault else {})}
+        if faults:
+            level = max(level, WARN)
+        values = {**faults, "policy": self._policy_says, "phase": self._phase}
+        text = "; ".join([*reasons, *faults.values()])[:400] or "ok"
+        return Send(
+            DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (Status(level, self.name, text, values, self._robot.name),))
+        )
+
+    # ---- results ----
+    def save(self) -> str:
+        """Write trace.mcap and control.json into the output folder; returns its path ("": nothing to save)."""
+        trace = self._loop.trace
+        if self._out is None or trace is None:
+            return ""
+        self._out.mkdir(parents=True, exist_ok=True)
+        trace.save_mcap(self._out / "trace.mcap")
+        part = self._out / ".control.json.part"
+        part.write_text(json.dumps({**summarize(trace), **self.summary()}, indent=1))
+        part.replace(self._out / "control.json")
+        return str(self._out)
+
+    def close(self, now: Now) -> Effects:
+        self.save()
+        return ()
+
+    def summary(self) -> dict[str, Any]:
+        reasons = {} if self._loop.trace is None else stop_reasons(self._loop.trace)
+        return {"commands": self._commands, "stop_reasons": reasons, "stops": self._stops}
+
+
+def build_core(
+    embodiment: Embodiment,
+    out: Path | None = None,
+    execute: int = 8,
+    lead: int = 2,
+    sequential: bool = False,
+    slot_wait_s: float = 0.0,
+    capacity: int = 1 << 18,
+) -> CommandCore:
+    """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take."""
+    kinematics = None
+    if embodiment.action_space != "osc_delta":
+        from vla.runtime.kinematics import Kinematics
+
+        kinematics = Kinematics(embodiment)
+    tool = None if kinematics is None else lambda q: kinematics.forward(q)[0]
+    scheduler = SequentialScheduler(execute) if sequential else OverlappedScheduler(execute, lead)
+    trace = Trace(embodiment, capacity, capacity // 8)
+    loop = ControlLoop(embodiment, scheduler, Gate(embodiment, tool), kinematics, trace)
+    return CommandCore(loop, out, slot_wait_s)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from ros_nodes import wheel_shell
+    from vla.resources import load_embodiment
+
+    parser = argparse.ArgumentParser("command_node", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--embodiment", required=True, help="robot: a shipped name or a YAML file")
+    parser.add_argument("--out", type=Path, help="folder for trace.mcap and control.json, written at the end")
+    parser.add_argument("--execute", type=int, default=8, help="actions of a chunk to run before the next (default: 8)")
+    parser.add_argument("--lead", type=int, default=2, help="control periods that inference may take (default: 2)")
+    parser.add_argument("--sequential", action="store_true", help="ask only when all actions are executed")
+    parser.add_argument(
+        "--slot-wait",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="wait this long in a period for the chunk it asked for",
+    )
+    wheel_shell.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    core = build_core(
+        load_embodiment(options.embodiment),
+        options.out,
+        options.execute,
+        options.lead,
+        options.sequential,
+        options.slot_wait,
+    )
+    wheel_shell.run(core, options)
+
+
+if __name__ == "__main__":
+    main()
