@@ -57,13 +57,11 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         self._override = ""
         size = self.embodiment.action_dim
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (size,), np.float64)
+        image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
             {
+                "images": gymnasium.spaces.Dict({name: image for name in self.embodiment.camera_names}),
                 "state": gymnasium.spaces.Box(-np.inf, np.inf, (self.embodiment.state_dim,), np.float32),
-                **{
-                    name: gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-                    for name in self.embodiment.camera_names
-                },
             }
         )
         self._task = self._task_index(task)

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,7 +116,9 @@ def import_robosuite() -> ModuleType:
     os.environ["MUJOCO_GL"] = backend()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
-        return importlib.import_module("robosuite")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns through deprecated calls that its private macros are not set up
+            return importlib.import_module("robosuite")
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when its library cannot be loaded
         raise SimulationError(
             f"robosuite cannot be imported (MUJOCO_GL={backend()}): {error!r}. {SETUP_REMEDY} "

@@ -3,7 +3,7 @@
     expert = LiberoExpert(environment)
     environment.reset(seed=7)
     expert.reset()
-    command = Command(ControlMode.OSC_DELTA, expert.act())
+    command = Command(ControlMode.OSC_DELTA, expert.action())
 
 It reads simulator state, which no policy may. Goals made of `In` and `On` are solved: all of LIBERO-Object and
 LIBERO-Spatial, and the tasks of the other two suites that open, close and turn nothing. For other goals `reset` raises
@@ -56,12 +56,12 @@ class LiberoExpert:
         self._gripper, self.failure = OPEN, ""
         self._skill = self._solve()
 
-    def act(self) -> np.ndarray:
+    def action(self) -> np.ndarray:
         """float32[7]: the action for the scene as it is now. After the last skill: hold still, hand open."""
         if self._skill is None:
             raise SimulationError(explain("expert", "reset() after the environment's", "no reset yet", "Call reset()."))
         action = next(self._skill, None)
-        return self._action(np.zeros(3), np.zeros(3), OPEN) if action is None else action
+        return self._units(np.zeros(3), np.zeros(3), OPEN) if action is None else action
 
     # ---- goals ----
     def _refuse_unsolved(self, goal: list[str]) -> None:
@@ -193,17 +193,17 @@ class LiberoExpert:
                 return False
             step = POSITION_GAIN * shift
             longest, allowed = np.abs(step).max(), METRES_PER_UNIT * speed
-            yield self._action(step * min(1.0, allowed / longest) if longest else step, ROTATION_GAIN * turn, gripper)
+            yield self._units(step * min(1.0, allowed / longest) if longest else step, ROTATION_GAIN * turn, gripper)
         return False
 
     def _wait(self, steps: int, gripper: float) -> Skill:
         position, rotation = self._position, self._rotation
         for _ in range(steps):
             turn = _rotation_vector(rotation @ self._rotation.T)
-            yield self._action(POSITION_GAIN * (position - self._position), turn, gripper)
+            yield self._units(POSITION_GAIN * (position - self._position), turn, gripper)
         return True
 
-    def _action(self, shift: np.ndarray, turn: np.ndarray, gripper: float) -> np.ndarray:
+    def _units(self, shift: np.ndarray, turn: np.ndarray, gripper: float) -> np.ndarray:
         motion = np.concatenate([shift / METRES_PER_UNIT, turn / RADIANS_PER_UNIT])
         return np.append(np.clip(motion, -1.0, 1.0), gripper).astype(np.float32)
 
