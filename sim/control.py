@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,12 +51,12 @@ EXPERTS = {
 }
 
 
-def make_expert(name: str, environment: Environment) -> Expert:
-    """The scripted expert of an environment; ConfigError when it has none."""
+def make_expert(name: str, environment: Environment, **options: Any) -> Expert:
+    """The scripted expert of an environment, with its own options; ConfigError when it has none."""
     if name not in EXPERTS:
         raise ConfigError(f"expert: none for environment {name!r}. {nearest(name, EXPERTS)}")
     module, _, attribute = EXPERTS[name].partition(":")
-    expert: Expert = getattr(importlib.import_module(module), attribute)(environment)
+    expert: Expert = getattr(importlib.import_module(module), attribute)(environment, **options)
     return expert
 
 

@@ -32,16 +32,18 @@ _GRASP_ABOVE_M = 0.005  # tool over the object's centre when grasping: the finge
 class Expert:
     """`action()` for the present state of `environment`; deterministic, restarted by `reset()` after each reset.
 
-    step_cap: float32[7], the largest clean action per step; zero where the expert is not to be disturbed.
+    pace: share of the usual speed; everything takes 1 / pace as long. step_cap: float32[7], the largest clean action
+    per step; zero where the expert is not to be disturbed.
     """
 
-    def __init__(self, environment: TabletopEnvironment):
+    def __init__(self, environment: TabletopEnvironment, pace: float = 1.0):
         self.environment = environment
         period = environment.embodiment.period_s
         self._period = period
-        self._gain = 1.0 - float(np.exp(-period / _TIME_CONSTANT_S))
+        self._pace = pace
+        self._gain = 1.0 - float(np.exp(-period * pace / _TIME_CONSTANT_S))
         self._open = environment.embodiment.gripper_open
-        cap = CRUISE_M_S * period
+        cap = CRUISE_M_S * pace * period
         self.step_cap = np.array([cap, cap, cap, 0, 0, 0, 0], np.float32)
         self.reset()
 
@@ -67,9 +69,9 @@ class Expert:
         plan = self._push if environment.goal.family == "push" else self._carry
         error, gripper, speed = plan(tool, float(positions[-1]))
         move = self._gain * error
-        move *= min(1.0, speed * self._period / max(1e-9, float(np.linalg.norm(move))))
+        move *= min(1.0, speed * self._pace * self._period / max(1e-9, float(np.linalg.norm(move))))
         change = move - self._last
-        limit = CRUISE_M_S * self._period * min(1.0, self._period / _ACCELERATION_S)
+        limit = CRUISE_M_S * self._pace * self._period * min(1.0, self._period * self._pace / _ACCELERATION_S)
         if np.linalg.norm(move) < np.linalg.norm(self._last):
             limit *= 2.0  # braking harder than starting keeps the tool from overshooting into the table
         move = self._last + change * min(1.0, limit / max(1e-9, float(np.linalg.norm(change))))
