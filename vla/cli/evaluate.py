@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import json
+import sys
 
-from vla.cli.job import add_override_arguments, run_job
+from vla.cli.job import add_override_arguments, compose_job
 
-EXAMPLES = """  vla eval policy=tabletop episodes=200
-  vla eval policy=outputs/train/bundle episodes=50 seed=1000500"""
+EXAMPLES = """  vla eval                                             the shipped policy, 200 unseen scenes
+  vla eval policy=outputs/train/bundle episodes=50
+  vla eval control=blank                               blanked images: success must fall to chance
+  vla eval out=outputs/eval.json                       again: continues where it was killed"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    def load() -> Callable[..., Any]:
-        from sim.evaluate import evaluate
+    job = compose_job(args, "eval")
+    if job is None:
+        return 0
+    from vla.cli.eval_job import run_evaluation
 
-        return evaluate
-
-    return run_job(args, "eval", load)
+    report = run_evaluation(job, progress=sys.stderr.isatty())
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report.table())
+    return 0

@@ -33,16 +33,28 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(path: Path) -> dict[str, Any]:
     """Facts of a bundle; raises BundleError when it is incomplete or corrupt."""
-    from vla.checkpoints.bundle import load
+    from vla.checkpoints.bundle import load, read_content
 
-    bundle = load(path)
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    manifest = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
+    content, bundle = read_content(path), load(path)
+    robot, config = bundle.embodiment, bundle.config
+    files = [file for file in path.iterdir() if file.is_file()]
     return {
         "path": str(path),
-        "size_mb": round(size / 1e6, 2),
-        "parameters": int(sum(p.numel() for p in bundle.model.parameters())) if hasattr(bundle, "model") else None,
-        **manifest,
+        "hash": bundle.fingerprint,
+        "family": content["family"],
+        "format_version": content["format_version"],
+        "size_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2),
+        "parameters": sum(p.numel() for p in bundle.model.parameters()),
+        "robot": robot.name,
+        "rate_hz": robot.rate_hz,
+        "action": f"{robot.action_space}, {robot.rotation_format}: {' '.join(robot.action_names)}",
+        "state": " ".join(robot.state_names),
+        "cameras": ", ".join(f"{c.name} at {c.size} px" for c in config.cameras),
+        "horizon": config.horizon,
+        "action_tokenizer": f"{content['action_tokenizer'].get('kind')}, {config.action_vocab} tokens",
+        "observation_offsets": list(bundle.observation_offsets),
+        "training": dict(bundle.training),
+        "card": str(path / "README.md") if (path / "README.md").is_file() else None,
     }
 
 

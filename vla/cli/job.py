@@ -19,8 +19,8 @@ def add_override_arguments(parser: argparse.ArgumentParser, name: str, examples:
     parser.epilog = f"examples:\n{examples}\nEvery key:  vla {parser.prog.split()[-1]} --show"
 
 
-def run_job(args: argparse.Namespace, name: str, load: Callable[[], Callable[..., Any]]) -> int:
-    """Compose, build, run, report. load: returns function(config, progress=bool) -> dataclass or dict."""
+def compose_job(args: argparse.Namespace, name: str) -> Any:
+    """What configs/NAME.yaml constructs with the overrides; None when it was only to be shown."""
     from vla.cli.config import build, compose
 
     plain = compose(name, args.overrides)
@@ -28,10 +28,16 @@ def run_job(args: argparse.Namespace, name: str, load: Callable[[], Callable[...
         import yaml
 
         print(yaml.safe_dump(plain, sort_keys=False), end="")
-        return 0
-    config = build(plain, name)
+        return None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr if args.json else sys.stdout)
-    show(load()(config, progress=sys.stderr.isatty()), args.json)
+    return build(plain, name)
+
+
+def run_job(args: argparse.Namespace, name: str, load: Callable[[], Callable[..., Any]]) -> int:
+    """Compose, build, run, report. load: returns function(config, progress=bool) -> dataclass or dict."""
+    config = compose_job(args, name)
+    if config is not None:
+        show(load()(config, progress=sys.stderr.isatty()), args.json)
     return 0
 
 
