@@ -30,18 +30,18 @@ class Monitor:
     """Recomputes velocity and acceleration of an emitted stream and compares them with the data sheet."""
 
     def __init__(self, start: np.ndarray, now_ns: int = 0) -> None:
-        self.q, self.v, self.now_ns = start.copy(), np.zeros_like(start), now_ns
+        self.q, self.v, self.now_ns, self.first = start.copy(), np.zeros_like(start), now_ns, True
         self.lower, self.upper = np.minimum(LOWER, start), np.maximum(UPPER, start)
 
     def see(self, values: np.ndarray, now_ns: int, stopped: bool) -> None:
         dt = (now_ns - self.now_ns) * 1e-9
         self.now_ns = now_ns
         assert np.all(np.isfinite(values))
-        if dt <= 0:
+        if dt < 0 or (dt == 0 and not self.first):
             assert np.array_equal(values, self.q), "no time has passed, but the command moved"
             return
-        if dt > MAX_PERIODS * PERIOD_S:  # the arm has come to rest in between
-            self.v, dt = np.zeros_like(self.v), PERIOD_S
+        if self.first or dt > MAX_PERIODS * PERIOD_S:  # the arm has come to rest in between
+            self.v, dt, self.first = np.zeros_like(self.v), PERIOD_S, False
         v = (values - self.q) / dt
         slack = 1e-9 + 1e-14 / dt
         assert np.all(values >= self.lower - 1e-12) and np.all(values <= self.upper + 1e-12)

@@ -173,6 +173,7 @@ class Gate:
         self._forget()
 
     def _forget(self) -> None:
+        self._first = True  # the first step after a reset has one whole period, even in the same instant
         self._latched = Reason.NONE
         self._latched_chunk = self._newest_chunk = -1
         self._last_target: np.ndarray | None = None
@@ -237,11 +238,16 @@ class Gate:
         self._newest_chunk = max(self._newest_chunk, chunk_number)
         dt = (now_ns - self._now_ns) / NS_PER_S
         self._now_ns = now_ns
-        if dt > MAX_PERIODS * self._period_s:
+        if self._first or dt > MAX_PERIODS * self._period_s:
+            self._first = False
             self._velocity = np.zeros(len(self._command))
             dt = self._period_s
 
-        found = fault or self._fault(now_ns, target, due_ns, positions, positions_stamp_ns, heartbeat_ns)
+        found = (
+            fault
+            or self.health(now_ns, positions, positions_stamp_ns, heartbeat_ns)
+            or self._action_fault(now_ns, target, due_ns)
+        )
         if found and found not in _UNLATCHED:
             self._latch(found)
         elif self._latched:
@@ -259,16 +265,11 @@ class Gate:
             return Decision(Verdict.STOP, reason, self._command.copy())
         return Decision(Verdict.RESHAPE if reason else Verdict.PASS, reason, self._command.copy())
 
-    def _fault(
-        self,
-        now_ns: int,
-        target: np.ndarray | None,
-        due_ns: int,
-        positions: np.ndarray | None,
-        stamp_ns: int | None,
-        heartbeat_ns: int | None,
+    def health(
+        self, now_ns: int, positions: np.ndarray | None, stamp_ns: int | None, heartbeat_ns: int | None
     ) -> Reason:
-        if self.silent(now_ns, heartbeat_ns):
+        """The fault in the inputs that do not depend on an action, NONE when they are healthy. Changes nothing."""
+        if heartbeat_ns is None or now_ns - heartbeat_ns >= self._heartbeat_ns:
             return Reason.HEARTBEAT
         if positions is None or stamp_ns is None or not np.all(np.isfinite(positions)):
             return Reason.JOINT_STATE_INVALID
@@ -279,6 +280,9 @@ class Gate:
                 return Reason.JOINT_STATE_INVALID
             if np.max(np.abs(positions - self._command)[self._arm], initial=0.0) > self._max_tracking_error:
                 return Reason.TRACKING
+        return Reason.NONE
+
+    def _action_fault(self, now_ns: int, target: np.ndarray | None, due_ns: int) -> Reason:
         if target is None:
             return Reason.NO_ACTION
         if np.shape(target) != self._command.shape or not np.all(np.isfinite(target)):

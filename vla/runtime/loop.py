@@ -232,7 +232,7 @@ def run_episode(
         now_ns = observation.stamp_ns
         steps += 1
         done = terminated or truncated
-    result_row = EpisodeResult(
+    outcome = EpisodeResult(
         seed=seed,
         task=str(info.get("task", task or "")),
         family=str(info.get("family", "")),
@@ -249,5 +249,5 @@ def run_episode(
         moved=info.get("moved"),
     )
     if trace is not None:
-        trace.add_episode(EpisodeRow(seed, result_row.task, result_row.instruction, result_row.success, steps, now_ns))
-    return result_row
+        trace.add_episode(EpisodeRow(seed, outcome.task, outcome.instruction, outcome.success, steps, now_ns))
+    return outcome
