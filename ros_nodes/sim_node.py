@@ -108,6 +108,7 @@ class SimCore:
         self._observation, self._info = environment.reset(seed=0)
         self._status: dict[str, Any] = {"state": "idle", "episode": -1}
         self._steps = self._received = self._refused = self._chunks = 0
+        self._request: Request | None = None  # to the expert
         self._started: tuple[int, int] | None = None  # (stamp, steady) of the first slice, for the measured factor
         self._elapsed = (0, 0)
 
@@ -173,19 +174,25 @@ class SimCore:
         return Send(INSTRUCTION.topic, Text(self._env.instruction)), self._report()
 
     def _on_request(self, message: Text) -> Effects:
-        """The expert's answer: one action, for the state as it is now."""
         try:
-            request = Request.read(message)
+            self._request = Request.read(message)
         except TransportError:
             self._refused += 1
-            return ()
+        return self._answer()
+
+    def _answer(self) -> list[Send]:
+        """The expert's one action for the state as it is now, once that is as new as the request asks for."""
+        request = self._request
+        if request is None or self._stamp_ns < request.start_ns:
+            return []
+        self._request = None
         if request.episode != self._status["episode"] or self._status["state"] != "running":
-            return ()
-        action = np.asarray(self._expert.act(), np.float32)[None]
+            return []
+        action = np.asarray(self._expert.action(), np.float32)[None]
         chunk = ActionChunk(action, self._stamp_ns, self._robot.period_s)
         chunk_id = ChunkId(request.episode, request.number, self._chunks).text()
         self._chunks += 1
-        return (Send(CHUNK.topic, chunk_to_trajectory(chunk, self._robot.action_names, chunk_id)),)
+        return [Send(CHUNK.topic, chunk_to_trajectory(chunk, self._robot.action_names, chunk_id))]
 
     # ---- time ----
     def tick(self, now: Now) -> Effects:
@@ -218,7 +225,7 @@ class SimCore:
         self._stamp_ns += self._slice_ns
         self._count += 1
         self._advance()
-        effects = [Send(CLOCK.topic, Clock(self._stamp_ns))]
+        effects = [Send(CLOCK.topic, Clock(self._stamp_ns)), *self._answer()]
         names, positions, velocities = self._env.joint_state()
         effects.append(Send(JOINT_STATES.topic, JointState(self._stamp_ns, tuple(names), positions, velocities)))
         if self._count % self._per_control == 0:
@@ -307,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     environment = make(options.env, **({"task": options.task} if options.task else {}))
     expert = None
     if options.policy == "expert":
-        from sim.collect import make_expert
+        from sim.control import make_expert
 
         expert = make_expert(options.env, environment)
     factor = options.rtf if options.rtf is not None else 1.0 if hasattr(environment, "advance") else 0.25

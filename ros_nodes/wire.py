@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from importlib import metadata
 from types import TracebackType
@@ -33,6 +34,7 @@ MAX_PARTICIPANTS = 60
 _MAX_BLOCKING_NS = 20_000_000  # a reliable KEEP_LAST writer does not block; this bounds the write if it ever would
 _WAIT_NS = 200_000_000
 _TAKE = 16
+_TRANSITS_KEPT = 4000
 
 try:
     from cyclonedds.core import (
@@ -163,10 +165,15 @@ class Publisher:
 
 
 class Subscription:
-    """One reader and its callback `(bytes, receive_ns)`; receive_ns is CLOCK_MONOTONIC when the bytes were taken."""
+    """One reader and its callback `(bytes, receive_ns)`; receive_ns is CLOCK_MONOTONIC when the bytes were taken.
+
+    transit_ns: from the write call of the publisher to the take here, of the newest messages; what the wire adds. It
+    compares wall clocks, so it means something on one machine only.
+    """
 
     def __init__(self, reader: Any, topic: str, callback: Callable[[bytes, int], None]):
         self.topic, self.received, self.failed = topic, 0, ""
+        self.transit_ns: deque[int] = deque(maxlen=_TRANSITS_KEPT)
         self._reader, self._callback = reader, callback
 
     @property
@@ -184,10 +191,11 @@ class Subscription:
             samples = ddspy_take(self._reader._ref, _ANY, _TAKE)
             if isinstance(samples, int):
                 return
-            now_ns = time.monotonic_ns()
+            now_ns, wall_ns = time.monotonic_ns(), time.time_ns()
             for data, info in samples:
                 if info.valid_data:
                     self.received += 1
+                    self.transit_ns.append(wall_ns - info.source_timestamp)
                     try:
                         self._callback(data, now_ns)
                     except Exception as error:  # one bad message must not end the thread that all topics share
