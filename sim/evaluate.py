@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sim.control import control_loop
+from sim.control import ExpertPolicy, control_loop, make_expert
 from sim.environment import EVAL_SEED_START, make
 from vla.errors import ConfigError, DataError, explain, nearest
 from vla.policy import InferContext, InferResult, Policy
-from vla.runtime.loop import run_episode
+from vla.resources import bundle_path
+from vla.runtime.loop import ControlLoop, run_episode
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.runtime.summary import percentiles, wilson_95
 from vla.types import Observation
@@ -38,31 +39,37 @@ _SHUFFLE_DISTANCE = 500_000  # seeds of other scenes lie this far from the evalu
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Arguments of `evaluate`.
+    """Arguments of `measure` and `evaluate`.
 
+    policy: a bundle folder, the name of a shipped bundle, or "expert". controls: which of CONTROLS, in this order.
     env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns by seed).
-    episodes: how many, with seeds seed, seed + 1, ... control: one of CONTROLS.
+    episodes: how many, with seeds seed, seed + 1, ...
     scheduler, execute, lead: see vla.runtime.scheduler. latency_s: simulated time from observation to chunk; it hides
-    behind the running chunk when it is at most lead periods. out: report file ("" keeps it in memory).
-    env_options: further arguments of the environment. demonstration_seeds: allow seeds that training may have seen.
+    behind the running chunk when it is at most lead periods. out: folder of the reports, <control>.json each ("" keeps
+    them in memory). env_options: further arguments of the environment. device, threads: of the policy
+    (0 threads: all).
+    demonstration_seeds: allow seeds that training may have seen.
     """
 
+    policy: str = "tabletop"
+    controls: tuple[str, ...] = ("none",)
     env: str = "tabletop"
     task: str = "all"
     episodes: int = 200
     seed: int = EVAL_SEED_START
-    control: str = "none"
     scheduler: str = "overlapped"
     execute: int = 8
     lead: int = 2
     latency_s: float = 0.05
     out: str = ""
     env_options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
     demonstration_seeds: bool = False
 
     def __post_init__(self) -> None:
-        if self.control not in CONTROLS:
-            raise ConfigError(f"eval.control: {self.control!r} is unknown. {nearest(self.control, CONTROLS)}")
+        for control in self.controls:
+            _check_control(control)
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"eval.scheduler: {self.scheduler!r} is unknown. {nearest(self.scheduler, SCHEDULERS)}")
         if self.episodes < 1:
@@ -77,10 +84,10 @@ class EvalConfig:
                 )
             )
 
-    def identity(self, policy_id: str) -> dict[str, Any]:
+    def identity(self, policy_id: str, control: str) -> dict[str, Any]:
         """What decides every single episode: neither how many there are, nor where the report goes."""
-        data = asdict(self) | {"env_options": dict(self.env_options), "policy": policy_id}
-        for key in ("episodes", "out", "demonstration_seeds"):
+        data = asdict(self) | {"env_options": dict(self.env_options), "policy": policy_id, "control": control}
+        for key in ("episodes", "out", "demonstration_seeds", "controls", "device", "threads"):
             del data[key]
         return data
 
@@ -203,33 +210,35 @@ class Report:
 def evaluate(
     policy: Policy,
     config: EvalConfig,
+    control: str = "none",
     policy_id: str = "",
     environment: Any = None,
     on_episode: Callable[[Report], None] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Run the episodes that the report at `config.out` does not have yet, and return all of them.
+    """Run the episodes that the report in `config.out` does not have yet, and return all of them.
 
     policy_id: identifies the policy in the report, for example a bundle hash. environment: one to reuse (it stays
     open), otherwise one is made and closed. Raises EmbodimentMismatch when the policy is for another robot, ConfigError
     when `out` holds the report of another run.
     """
-    identity = json.loads(json.dumps(config.identity(policy_id)))
-    report = _begun(config, identity)
+    _check_control(control)
+    path = Path(config.out) / f"{control}.json" if config.out else None
+    report = _begun(path, config, json.loads(json.dumps(config.identity(policy_id, control))))
     env = environment if environment is not None else make(config.env, **config.env_options)
     try:
         env.embodiment.require_same(policy.embodiment, f"environment {config.env} and policy")
         tasks = _tasks(config, tuple(env.tasks))
         loop = control_loop(env.embodiment, _scheduler(config))
-        seen = BlankImages(policy) if config.control == "blank" else policy
+        seen = BlankImages(policy) if control == "blank" else policy
         done = {record.seed for record in report.episodes}
         todo = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in done]
-        for seed in _bar(todo, config, progress):
+        for seed in _bar(todo, f"eval {config.env} ({control})", progress):
             task = tasks[(seed - config.seed) % len(tasks)]
-            record = _run(env, seen, loop, seed, task, config)
+            record = _run(env, seen, loop, seed, task, control, config.latency_s)
             report = replace(report, episodes=tuple(sorted((*report.episodes, record), key=lambda e: e.seed)))
-            if config.out:
-                report.write(Path(config.out))
+            if path:
+                report.write(path)
             if on_episode:
                 on_episode(report)
         return report
@@ -238,9 +247,34 @@ def evaluate(
             env.close()
 
 
-def _run(env: Any, policy: Policy, loop: Any, seed: int, task: str, config: EvalConfig) -> EpisodeRecord:
-    instruction = _foreign_instruction(env, seed, task) if config.control == "shuffled" else None
-    arm = _Swapped(env) if config.control == "swapped" else env
+def measure(config: EvalConfig, progress: bool = False) -> dict[str, Report]:
+    """Load `config.policy` and run all `config.controls`, as `vla eval` does: {control: report}."""
+    environment = make(config.env, **config.env_options)
+    try:
+        policy, policy_id = load_policy(config, environment)
+        return {
+            control: evaluate(policy, config, control, policy_id, environment, progress=progress)
+            for control in config.controls
+        }
+    finally:
+        environment.close()
+
+
+def load_policy(config: EvalConfig, environment: Any) -> tuple[Policy, str]:
+    """The policy that `config.policy` names, and what identifies it in a report."""
+    if config.policy == "expert":
+        return ExpertPolicy(make_expert(config.env, environment), environment.embodiment), "expert"
+    from policies.vla_policy import VlaPolicy  # torch loads only for policies that need it
+
+    policy = VlaPolicy.from_bundle(bundle_path(config.policy), device=config.device, threads=config.threads or None)
+    return policy, policy.bundle.fingerprint
+
+
+def _run(
+    env: Any, policy: Policy, loop: ControlLoop, seed: int, task: str, control: str, latency_s: float
+) -> EpisodeRecord:
+    instruction = _foreign_instruction(env, seed, task) if control == "shuffled" else None
+    arm = _Swapped(env) if control == "swapped" else env
     facts: dict[str, Any] = {}
     result = run_episode(
         arm,
@@ -248,7 +282,7 @@ def _run(env: Any, policy: Policy, loop: Any, seed: int, task: str, config: Eval
         loop,
         seed,
         task=task,
-        latency_s=config.latency_s,
+        latency_s=latency_s,
         on_step=lambda observation, command, info: facts.update(target=info.get("object")),
         instruction=instruction,
     )
@@ -279,7 +313,7 @@ def _foreign_instruction(env: Any, seed: int, task: str) -> str:
             return str(env.instruction)
     raise ConfigError(
         explain(
-            "eval.control",
+            "eval.controls",
             "a task with several instructions",
             f"only {own!r} for {task!r}",
             "The shuffled control needs task families whose instructions differ; use blank.",
@@ -321,8 +355,12 @@ class BlankImages:
         return self._policy.infer_batch(blind, contexts)
 
 
-def _begun(config: EvalConfig, identity: dict[str, Any]) -> Report:
-    path = Path(config.out) if config.out else None
+def _check_control(control: str) -> None:
+    if control not in CONTROLS:
+        raise ConfigError(f"eval.controls: {control!r} is unknown. {nearest(control, CONTROLS)}")
+
+
+def _begun(path: Path | None, config: EvalConfig, identity: dict[str, Any]) -> Report:
     if path is None or not path.exists():
         return Report(identity)
     report = Report.read(path)
@@ -350,9 +388,9 @@ def _scheduler(config: EvalConfig) -> SequentialScheduler | OverlappedScheduler:
     return OverlappedScheduler(config.execute, config.lead)
 
 
-def _bar(todo: list[int], config: EvalConfig, show: bool) -> Any:
+def _bar(todo: list[int], title: str, show: bool) -> Iterable[int]:
     if not show:
         return todo
     from rich.progress import track
 
-    return track(todo, description=f"eval {config.env} ({config.control})")
+    return track(todo, description=title)

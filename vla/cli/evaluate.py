@@ -10,8 +10,8 @@ from vla.cli.job import add_override_arguments, compose_job
 
 EXAMPLES = """  vla eval                                             the shipped policy, 200 unseen scenes
   vla eval policy=outputs/train/bundle episodes=50
-  vla eval control=blank                               blanked images: success must fall to chance
-  vla eval out=outputs/eval.json                       again: continues where it was killed"""
+  vla eval controls=[none,blank,shuffled,swapped]      does it see, does it listen?
+  vla eval out=outputs/eval                            again: continues where it was killed"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,12 @@ def run(args: argparse.Namespace) -> int:
     job = compose_job(args, "eval")
     if job is None:
         return 0
-    from vla.cli.eval_job import run_evaluation
+    from sim.evaluate import measure
 
-    report = run_evaluation(job, progress=sys.stderr.isatty())
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report.table())
+    reports = measure(job, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({control: report.to_dict() for control, report in reports.items()}, indent=2))
+        return 0
+    for control, report in reports.items():
+        print(f"{job.policy} on {job.env}, control {control}\n{report.table()}\n")
     return 0
