@@ -1,0 +1,143 @@
+"""A bundle and a decoder as a Policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vla.checkpoints import bundle as bundles
+from vla.checkpoints.bundle import Bundle
+from vla.data.transforms import resize
+from vla.decoding.autoregressive import AutoregressiveDecoder, Grammar, TokenDecoder
+from vla.embodiment import Embodiment
+from vla.errors import ObservationError, explain
+from vla.policy import DecodeReport, InferContext, InferResult
+from vla.types import ActionChunk, Observation
+
+
+class VlaPolicy:
+    """Observations -> normalised tensors -> prefix -> decoder -> action tokens -> chunk in physical units.
+
+    Deterministic for equal observations, contexts and seeds; keeps no state between calls.
+    """
+
+    def __init__(self, bundle: Bundle, decoder: TokenDecoder | None = None):
+        self.bundle = bundle
+        self.decoder = decoder or AutoregressiveDecoder()
+        self.device = next(bundle.model.parameters()).device
+        config = bundle.config
+        self.grammar = Grammar(bundle.action_tokenizer, config.horizon, config.action_dim, self.device)
+        self._seed = 0
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | Path, decoder: TokenDecoder | None = None, device: str = "cpu", threads: int | None = None
+    ) -> VlaPolicy:
+        """Load a bundle folder. threads: torch CPU threads of this process (None leaves them as they are)."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(bundles.load(path, device), decoder)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.bundle.embodiment
+
+    @property
+    def horizon(self) -> int:
+        return self.bundle.config.horizon
+
+    def reset(self, seed: int) -> None:
+        self._seed = seed
+
+    def warm_up(self) -> None:
+        """Run once on a blank observation, so that the first real inference is not slower than the others."""
+        images = {c.name: np.zeros((c.height, c.width, 3), np.uint8) for c in self.embodiment.cameras}
+        state = self.bundle.state_normalizer.center.astype(np.float32)
+        self.infer_batch([Observation(images, state, "warm up", 0)], [InferContext()])
+
+    @torch.inference_mode()
+    def infer_batch(
+        self, observations: Sequence[Observation], contexts: Sequence[InferContext]
+    ) -> list[InferResult]:
+        """One InferResult per observation; ObservationError names what does not fit the bundle."""
+        started = time.perf_counter()
+        config, bundle = self.bundle.config, self.bundle
+        state = np.stack([self._state(observation) for observation in observations])
+        images = {
+            camera.name: torch.from_numpy(
+                np.stack([self._image(observation, camera.name, camera.size) for observation in observations])
+            ).to(self.device)
+            for camera in config.cameras
+        }
+        ids, valid = bundle.text_tokenizer.encode_padded([observation.instruction for observation in observations])
+        prepared = time.perf_counter()
+        segments = bundle.model.prefix_segments(
+            images,
+            torch.from_numpy(ids).to(self.device),
+            torch.from_numpy(valid).to(self.device),
+            torch.from_numpy(state).to(self.device),
+        )
+        # A token stands for at least one value, so T * A tokens always suffice.
+        prefix = bundle.model.prefix(segments, self.grammar.values)
+        encoded = time.perf_counter()
+        seeds = [_mix(self._seed, context.seed) for context in contexts]
+        decoded = self.decoder.decode(bundle.model, prefix, self.grammar, seeds)
+        results = []
+        period_s = self.embodiment.period_s
+        for observation, context, tokens, confidence in zip(observations, contexts, decoded.ids, decoded.confidence):
+            actions, repaired = bundle.action_tokenizer.decode_report(tokens, config.horizon, config.action_dim)
+            chunk = ActionChunk(
+                bundle.action_normalizer.unnormalize(actions), context.start_ns or observation.stamp_ns, period_s
+            )
+            done = time.perf_counter()
+            times = {
+                "preprocess": (prepared - started) * 1e3,
+                "prefix": (encoded - prepared) * 1e3,
+                "decode": (done - encoded) * 1e3,
+                "total": (done - started) * 1e3,
+            }
+            report = DecodeReport(tuple(tokens), decoded.passes, repaired, confidence, None, times)
+            results.append(InferResult(chunk, report))
+        return results
+
+    # ---- one observation ----
+    def _state(self, observation: Observation) -> np.ndarray:
+        observation.check()
+        expected = (self.embodiment.state_dim,)
+        if np.shape(observation.state) != expected:
+            raise ObservationError(
+                explain(
+                    "state",
+                    f"float32{list(expected)}: {', '.join(self.embodiment.state_names)}",
+                    f"shape {list(np.shape(observation.state))}",
+                    "Build it in the bundle's order of state_names.",
+                )
+            )
+        return self.bundle.state_normalizer.normalize(np.asarray(observation.state))
+
+    def _image(self, observation: Observation, camera: str, size: int) -> np.ndarray:
+        if camera not in observation.images:
+            raise ObservationError(
+                explain(f"camera {camera!r}", "an image", f"cameras {sorted(observation.images)}", "Connect it.")
+            )
+        image = observation.images[camera]
+        wanted = self.embodiment.camera(camera)
+        if image.dtype != np.uint8 or image.shape != (wanted.height, wanted.width, 3):
+            raise ObservationError(
+                explain(
+                    f"camera {camera!r}",
+                    f"uint8[{wanted.height}, {wanted.width}, 3]",
+                    f"{image.dtype}{list(image.shape)}",
+                    "Publish the camera at the size the bundle was trained with.",
+                )
+            )
+        return resize(image, size, size)
+
+
+def _mix(a: int, b: int) -> int:
+    """Two seeds into one, stable across processes."""
+    return int(np.random.SeedSequence([a & (2**63 - 1), b & (2**63 - 1)]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,247 @@
+"""A bundle: everything a policy needs, in one folder, complete or refused.
+
+    bundle.json         family, format_version, model config, embodiment, normalisation, tokenizers, and sha256 hashes
+    model.safetensors   weights (EMA weights when training kept them)
+
+The config is plain data with unknown fields forbidden; it is rebuilt through CONSTRUCTORS below, never through a class
+path from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vla.data.normalize import Normalizer
+from vla.embodiment import Embodiment
+from vla.errors import BundleError, VlaError, explain, nearest
+from vla.models.transformer import ExpertConfig, TransformerConfig
+from vla.models.vision import CameraEncoderConfig
+from vla.models.vla import ModelConfig, Vla
+from vla.tokenizers import ActionTokenizer, action_tokenizer_from_dict
+from vla.tokenizers.text import TextTokenizer
+
+FORMAT_VERSION = 1
+MARKER = "bundle.json"
+WEIGHTS = "model.safetensors"
+FAMILIES = ("vla",)
+_KEYS = {
+    "family", "format_version", "model", "embodiment", "state_normalizer", "action_normalizer", "action_tokenizer",
+    "text_tokenizer", "observation_offsets", "training", "hashes",
+}  # fmt: skip
+
+
+@dataclass
+class Bundle:
+    """A model with all that turns observations into its inputs and its outputs into actions.
+
+    observation_offsets: past frames that the policy wants, in steps (0 is now). training: how it was made, plain data.
+    """
+
+    model: Vla
+    embodiment: Embodiment
+    state_normalizer: Normalizer
+    action_normalizer: Normalizer
+    action_tokenizer: ActionTokenizer
+    text_tokenizer: TextTokenizer
+    observation_offsets: tuple[int, ...] = (0,)
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def check(self) -> Bundle:
+        """Return self, or raise BundleError when parts do not fit each other."""
+        config = self.config
+        pairs = (
+            ("state_dim", config.state_dim, self.embodiment.state_dim),
+            ("state_normalizer", self.state_normalizer.dim, self.embodiment.state_dim),
+            ("action_dim", config.action_dim, self.embodiment.action_dim),
+            ("action_normalizer", self.action_normalizer.dim, self.embodiment.action_dim),
+            ("action_vocab", config.action_vocab, self.action_tokenizer.vocab_size),
+            ("text_vocab", config.text_vocab, self.text_tokenizer.vocab_size),
+            ("text_length", config.text_length, self.text_tokenizer.max_length),
+        )
+        for key, got, expected in pairs:
+            if got != expected:
+                raise BundleError(explain(key, expected, got, "The parts of this bundle are from different models."))
+        for camera in config.cameras:
+            if camera.name not in self.embodiment.camera_names:
+                raise BundleError(
+                    explain(f"camera {camera.name!r}", "one of the embodiment's", self.embodiment.camera_names, "Retrain.")
+                )
+        return self
+
+
+def save(bundle: Bundle, path: str | Path) -> str:
+    """Write the folder atomically (a temporary one beside it, then rename); returns the bundle's hash."""
+    bundle.check()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
+        save_file(weights, temporary / WEIGHTS)
+        content = {
+            "family": "vla",
+            "format_version": FORMAT_VERSION,
+            "model": _plain(bundle.config),
+            "embodiment": bundle.embodiment.to_dict(),
+            "state_normalizer": bundle.state_normalizer.to_dict(),
+            "action_normalizer": bundle.action_normalizer.to_dict(),
+            "action_tokenizer": bundle.action_tokenizer.to_dict(),
+            "text_tokenizer": bundle.text_tokenizer.to_dict(),
+            "observation_offsets": list(bundle.observation_offsets),
+            "training": _plain(bundle.training),
+        }
+        content["hashes"] = {WEIGHTS: _sha256_file(temporary / WEIGHTS), "content": _sha256_json(content)}
+        (temporary / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        if path.exists():
+            # What stands beside the two files (a card, a curve) belongs to the user: keep it.
+            for extra in path.iterdir():
+                if extra.name not in (WEIGHTS, MARKER):
+                    move = shutil.copytree if extra.is_dir() else shutil.copy2
+                    move(extra, temporary / extra.name)
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(content["hashes"]["content"])
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """bundle.json with its keys and hashes checked; the weights are hashed but not loaded."""
+    path = Path(path)
+    marker, weights = path / MARKER, path / WEIGHTS
+    for file in (marker, weights):
+        if not file.is_file():
+            raise BundleError(explain(str(file), "a file", "nothing", "Copy the whole bundle folder again."))
+    try:
+        content = json.loads(marker.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BundleError(explain(str(marker), "JSON", f"unreadable ({error})", "Copy the bundle again.")) from error
+    if not isinstance(content, dict):
+        raise BundleError(explain(str(marker), "a mapping", type(content).__name__, "Copy the bundle again."))
+    if content.get("family") not in FAMILIES:
+        raise BundleError(f"{marker}: unknown family {content.get('family')!r}. {nearest(str(content.get('family')), FAMILIES)}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            explain(f"{marker}: format_version", FORMAT_VERSION, content.get("format_version"), "Update vla-stack.")
+        )
+    _check_keys(str(marker), content, _KEYS)
+    body = {key: value for key, value in content.items() if key != "hashes"}
+    for name, expected, got in (
+        ("content", content["hashes"].get("content"), _sha256_json(body)),
+        (WEIGHTS, content["hashes"].get(WEIGHTS), _sha256_file(weights)),
+    ):
+        if expected != got:
+            raise BundleError(
+                explain(f"{path}: {name}", f"sha256 {expected}", got, "The bundle was changed or cut; copy it again.")
+            )
+    return content
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
+    """Rebuild a bundle, or raise BundleError saying what is wrong with it."""
+    path = Path(path)
+    content = read_content(path)
+    try:
+        config = _construct(ModelConfig, content["model"], "model")
+        model = Vla(config)
+        model.load_state_dict(load_file(path / WEIGHTS))
+        bundle = Bundle(
+            model.to(device).eval(),
+            Embodiment.from_dict(content["embodiment"]),
+            Normalizer.from_dict(content["state_normalizer"]),
+            Normalizer.from_dict(content["action_normalizer"]),
+            action_tokenizer_from_dict(content["action_tokenizer"]),
+            TextTokenizer.from_dict(content["text_tokenizer"]),
+            tuple(content["observation_offsets"]),
+            content["training"],
+            content["hashes"]["content"],
+        )
+        return bundle.check()
+    except BundleError:
+        raise
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, VlaError) as error:
+        raise BundleError(explain(str(path), "a complete bundle", f"{error}", "Export or copy it again.")) from error
+
+
+# ---- plain data ----
+# Which dataclass a field holds. Only these can come out of a file.
+CONSTRUCTORS: dict[tuple[type, str], type] = {
+    (ModelConfig, "cameras"): CameraEncoderConfig,
+    (ModelConfig, "transformer"): TransformerConfig,
+    (TransformerConfig, "experts"): ExpertConfig,
+}
+
+
+def _construct(kind: type, data: Any, where: str) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(data, dict):
+        raise BundleError(explain(where, f"the fields of {kind.__name__}", type(data).__name__, "Export it again."))
+    _check_keys(where, data, names)
+    values = {}
+    for key, value in data.items():
+        inner = CONSTRUCTORS.get((kind, key))
+        if inner is not None and isinstance(value, list):
+            value = tuple(_construct(inner, item, f"{where}.{key}[{i}]") for i, item in enumerate(value))
+        elif inner is not None:
+            value = _construct(inner, value, f"{where}.{key}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    return kind(**values)
+
+
+def _check_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
+    for key in data:
+        if key not in known:
+            raise BundleError(f"{where}: unknown key {key!r}. {nearest(key, known)}")
+    missing = sorted(known - set(data))
+    if missing:
+        raise BundleError(explain(where, "all keys", f"no {missing}", "The bundle is incomplete; export it again."))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _sha256_json(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""A static key-value cache: allocated once, written in place, rolled back by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, [depth, B, kv_heads, capacity, head_dim].
+
+    `lengths[layer]` (host integers) say how much of each layer is filled: layers may differ, as early exit needs.
+    Rolling back is lowering a length; stale entries behind it are never read. Writing several tokens at an explicit
+    index (a host integer, or an int64[Q] tensor for captured graphs) never changes a length by itself: call `advance`.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (depth, batch, kv_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * depth
+        # Which entries later queries may see; padding inside the prefix stays False.
+        self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def length(self) -> int:
+        """Filled length of the first layer (all layers, unless an early exit left deeper ones behind)."""
+        return self.lengths[0]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, kv_heads, Q, head_dim] at `index`; return what a query may read.
+
+        With a host index the read is a view up to the last written entry; with a tensor index it is the whole
+        capacity (fixed shapes), and the caller's mask says what counts.
+        """
+        if isinstance(index, int):
+            end = index + keys.shape[2]
+            if end > self.capacity:
+                raise IndexError(f"cache: expected at most {self.capacity} tokens, got {end}. Allocate a larger cache.")
+            self.keys[layer, :, :, index:end] = keys
+            self.values[layer, :, :, index:end] = values
+            return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer].index_copy_(2, index, keys.to(self.keys.dtype))
+        self.values[layer].index_copy_(2, index, values.to(self.values.dtype))
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, count: int, layers: Iterable[int] | None = None) -> None:
+        for layer in range(len(self.lengths)) if layers is None else layers:
+            self.lengths[layer] += count
+
+    def truncate(self, length: int, layers: Iterable[int] | None = None) -> None:
+        """Roll back to `length` entries."""
+        for layer in range(len(self.lengths)) if layers is None else layers:
+            self.lengths[layer] = min(self.lengths[layer], length)

@@ -1,0 +1,211 @@
+"""One transformer for every recipe: several experts of different width share one attention.
+
+The prefix (images, text, state) runs on expert 0, the backbone; a suffix may run on a smaller expert 1 that reads the
+backbone's keys and values (the form of pi0, Black et al. 2024, section IV). With one expert it is an ordinary
+decoder. Shaped for Gemma- and Llama-like weights: RMSNorm, rotary positions, grouped heads, gated MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """width: D of this expert's stream. mlp_width: hidden width of its gated MLP.
+
+    condition_width: 0, or the width of a conditioning vector that modulates the norms (the time of a flow).
+    """
+
+    width: int
+    mlp_width: int
+    condition_width: int = 0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    experts: tuple[ExpertConfig, ...]
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    activation: str = "silu"  # "silu" (Llama) or "gelu_tanh" (Gemma)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with (1 + weight) scaling, optionally modulated: returns (normed, gate or None)."""
+
+    def __init__(self, width: int, eps: float, condition_width: int = 0):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.modulation = nn.Linear(condition_width, 3 * width) if condition_width else None
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        normed = F.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+        if self.modulation is None or condition is None:
+            return normed, None
+        scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
+        return normed * (1 + scale) + shift, 1 + gate
+
+
+class ExpertLayer(nn.Module):
+    """The weights that one expert owns in one layer: projections into the shared attention, and its MLP."""
+
+    def __init__(self, expert: ExpertConfig, config: TransformerConfig):
+        super().__init__()
+        inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.split = (inner, kv, kv)
+        self.attention_norm = RMSNorm(expert.width, config.norm_eps, expert.condition_width)
+        self.qkv = nn.Linear(expert.width, inner + 2 * kv, bias=False)
+        self.out = nn.Linear(inner, expert.width, bias=False)
+        self.mlp_norm = RMSNorm(expert.width, config.norm_eps, expert.condition_width)
+        self.gate_up = nn.Linear(expert.width, 2 * expert.mlp_width, bias=False)
+        self.down = nn.Linear(expert.mlp_width, expert.width, bias=False)
+        self.gelu = config.activation == "gelu_tanh"
+        residual = 0.02 / math.sqrt(2 * config.depth)
+        for linear, std in ((self.qkv, 0.02), (self.gate_up, 0.02), (self.out, residual), (self.down, residual)):
+            nn.init.normal_(linear.weight, std=std)
+
+    def mlp(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        normed, modulation = self.mlp_norm(x, condition)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        hidden = (F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * up
+        update = self.down(hidden)
+        return x + (update if modulation is None else update * modulation)
+
+
+class Transformer(nn.Module):
+    """Layers of experts under one attention.
+
+    forward(streams, positions, mask, ...) -> streams after the chosen layers, final norm not applied (see `finish`).
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        if config.heads % config.kv_heads:
+            raise ValueError(f"heads: expected a multiple of kv_heads={config.kv_heads}, got {config.heads}")
+        self.config = config
+        self.layers = nn.ModuleList(
+            nn.ModuleList(ExpertLayer(expert, config) for expert in config.experts) for _ in range(config.depth)
+        )
+        self.final_norms = nn.ModuleList(
+            RMSNorm(expert.width, config.norm_eps, expert.condition_width) for expert in config.experts
+        )
+        half = config.head_dim // 2
+        frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        weight = self.layers[0][0].qkv.weight
+        return KVCache(
+            self.config.depth, batch, self.config.kv_heads, capacity, self.config.head_dim,
+            dtype or weight.dtype, weight.device,
+        )  # fmt: skip
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for int positions [B, Q]: [B, 1, Q, head_dim / 2]."""
+        angles = positions[:, None, :, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self,
+        streams: Sequence[Tensor | None],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        write_index: int | Tensor = 0,
+        layers: range | None = None,
+        condition: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Run `layers` over the concatenation of the streams, in expert order.
+
+        streams: one [B, Q_e, D_e] per expert, or None for an expert that is not in this pass. positions: int[B, Q],
+        Q the sum of Q_e. mask: bool[B, Q, K], K the keys seen: Q without a cache, else what the cache returns for
+        this write (see KVCache.write); None means every query sees every key. cache, write_index: where the Q new
+        entries go. layers: default all. condition: [B, C] for experts with adaptive norms.
+        """
+        present = [(i, x) for i, x in enumerate(streams) if x is not None]
+        sizes = [x.shape[1] for _, x in present]
+        cos, sin = self.rotary(positions)
+        attention_mask = None if mask is None else mask[:, None]
+        hidden = [x for _, x in present]
+        for index in range(self.config.depth) if layers is None else layers:
+            layer = self.layers[index]
+            queries, keys, values, gates = [], [], [], []
+            for (expert, _), x in zip(present, hidden):
+                normed, gate = layer[expert].attention_norm(x, condition)
+                q, k, v = layer[expert].qkv(normed).split(layer[expert].split, dim=-1)
+                queries.append(q)
+                keys.append(k)
+                values.append(v)
+                gates.append(gate)
+            q = _rotate(self._heads(_join(queries)), cos, sin)
+            k = _rotate(self._heads(_join(keys)), cos, sin)
+            v = self._heads(_join(values))
+            if cache is not None:
+                k, v = cache.write(index, k, v, write_index)
+            if k.dtype != q.dtype:
+                k, v = k.to(q.dtype), v.to(q.dtype)
+            mixed = attend(q, k, v, attention_mask).transpose(1, 2).flatten(2)  # [B, Q, heads * head_dim]
+            parts = mixed.split(sizes, dim=1) if len(sizes) > 1 else (mixed,)
+            for slot, ((expert, _), part) in enumerate(zip(present, parts)):
+                update = layer[expert].out(part)
+                gate = gates[slot]
+                hidden[slot] = layer[expert].mlp(
+                    hidden[slot] + (update if gate is None else update * gate), condition
+                )
+        out: list[Tensor | None] = [None] * len(self.config.experts)
+        for (expert, _), x in zip(present, hidden):
+            out[expert] = x
+        return out
+
+    def finish(self, expert: int, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Final norm of one expert's stream, before a head."""
+        return self.final_norms[expert](x, condition)[0]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, heads, Q, head_dim]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped attention: q [B, heads, Q, d], k and v [B, kv_heads, K, d], mask bool [B, 1, Q, K] -> [B, heads, Q, d].
+
+    On a CPU the fused kernel's backward pass is several times slower than plain products at these sizes, so that
+    path is written out; query heads of one group are folded into rows, and no key is copied.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+    batch, heads, count, width = q.shape
+    folded = q.reshape(batch * k.shape[1], groups * count, width)
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(width**-0.5)  # [B * kv_heads, groups * Q, K]
+    if mask is not None:
+        shape = (batch, k.shape[1], groups, count, k.shape[2])
+        scores = scores.view(shape).masked_fill(~mask[:, :, None], -torch.inf).view(scores.shape)
+    weights = torch.softmax(scores.float(), dim=-1).to(values.dtype)
+    return torch.bmm(weights, values).view(batch, heads, count, width)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, half-split layout (the layout of Llama and Gemma checkpoints in transformers)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

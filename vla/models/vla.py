@@ -1,0 +1,176 @@
+"""The vision-language-action model: a prefix of images, text and state, and an action suffix.
+
+The prefix attends to itself in both directions; the suffix is causal and reads the prefix. The suffix runs on its own
+smaller expert, or on the backbone (`suffix_expert`). Everything here sees normalised states and actions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vla.models.heads import AutoregressiveHead, RegressionHead
+from vla.models.kv_cache import KVCache
+from vla.models.masks import MaskRule, Span, positions_of, segment_mask
+from vla.models.transformer import Transformer, TransformerConfig
+from vla.models.vision import CameraEncoder, CameraEncoderConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shapes of the weights. Plain data: a bundle stores it.
+
+    cameras: in the order of the prefix. state_dim S, action_dim A, horizon T: of the data. text_vocab, text_length L:
+    of the text tokenizer. action_vocab: of the action tokenizer. suffix_expert: the expert that runs action tokens.
+    auxiliary: {name: size}, read-outs of the state token that only training uses.
+    """
+
+    cameras: tuple[CameraEncoderConfig, ...]
+    transformer: TransformerConfig
+    state_dim: int
+    action_dim: int
+    horizon: int
+    text_vocab: int
+    text_length: int
+    action_vocab: int
+    suffix_expert: int = 1
+    auxiliary: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Segment:
+    """A run of tokens of one kind: the unit from which training sequences and masks are built.
+
+    embeddings: [B, n, D of its expert]. valid: bool[B, n], False for padding. hidden_from: kinds that must not see it.
+    """
+
+    kind: str
+    expert: int
+    embeddings: Tensor
+    valid: Tensor
+    rule: MaskRule
+    hidden_from: tuple[str, ...] = ()
+
+    @property
+    def span(self) -> Span:
+        return Span(self.kind, self.embeddings.shape[1], self.rule, self.hidden_from)
+
+
+@dataclass
+class Prefix:
+    """A prefix that ran: its cache, and what a suffix needs to continue.
+
+    hidden: [B, P, D] last hidden states. next_position: int64[B], rotary position of the first suffix token.
+    cache.valid marks the P prefix entries that count; suffix entries are marked as they are written.
+    """
+
+    cache: KVCache
+    hidden: Tensor
+    next_position: Tensor
+    length: int
+
+
+class Vla(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        experts = config.transformer.experts
+        if not 0 <= config.suffix_expert < len(experts):
+            raise ValueError(f"suffix_expert: expected 0..{len(experts) - 1}, got {config.suffix_expert}")
+        width = experts[0].width
+        self.cameras = nn.ModuleDict({camera.name: CameraEncoder(camera, width) for camera in config.cameras})
+        self.text = nn.Embedding(config.text_vocab, width)
+        self.state = nn.Sequential(nn.Linear(config.state_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.transformer = Transformer(config.transformer)
+        self.head = AutoregressiveHead(experts[config.suffix_expert].width, config.action_vocab)
+        self.auxiliary = nn.ModuleDict({name: RegressionHead(width, size) for name, size in config.auxiliary.items()})
+        nn.init.normal_(self.text.weight, std=0.02)
+
+    # ---- segments ----
+    def prefix_segments(
+        self, images: Mapping[str, Tensor], text: Tensor, text_valid: Tensor, state: Tensor
+    ) -> list[Segment]:
+        """images: {camera: uint8[B, size, size, 3]}. text: int64[B, L]. text_valid: bool[B, L]. state: float[B, S]."""
+        batch = len(state)
+        segments = []
+        for camera in self.config.cameras:
+            if camera.name not in images:
+                raise KeyError(f"camera {camera.name!r} is missing, got {sorted(images)}")
+            tokens = self.cameras[camera.name](images[camera.name])
+            segments.append(Segment(f"image:{camera.name}", 0, tokens, _all_valid(tokens), MaskRule.PREFIX))
+        segments.append(Segment("text", 0, self.text(text), text_valid, MaskRule.PREFIX))
+        token = self.state(state.to(self.state[0].weight.dtype)).view(batch, 1, -1)
+        segments.append(Segment("state", 0, token, _all_valid(token), MaskRule.PREFIX))
+        return segments
+
+    def action_segment(self, ids: Tensor, valid: Tensor) -> Segment:
+        """Causal action tokens; ids int64[B, K] are inputs (already shifted), valid bool[B, K]."""
+        return Segment("action", self.config.suffix_expert, self.head.embed(ids), valid, MaskRule.CAUSAL)
+
+    def run(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """One uncached pass over all segments; returns each segment's normed hidden states, in order."""
+        order = [segment.expert for segment in segments]
+        if order != sorted(order):
+            raise ValueError(f"segments: expected ordered by expert, got experts {order}")
+        valid = torch.cat([segment.valid for segment in segments], dim=1)
+        mask = segment_mask([segment.span for segment in segments], valid)
+        count = len(self.config.transformer.experts)
+        streams = [
+            torch.cat(parts, dim=1) if (parts := [s.embeddings for s in segments if s.expert == e]) else None
+            for e in range(count)
+        ]
+        hidden = self.transformer(streams, positions_of(valid), mask)
+        finished = [None if x is None else self.transformer.finish(e, x) for e, x in enumerate(hidden)]
+        offsets = [0] * count
+        out = []
+        for segment in segments:
+            start, length = offsets[segment.expert], segment.embeddings.shape[1]
+            stream = finished[segment.expert]
+            assert stream is not None
+            out.append(stream[:, start : start + length])
+            offsets[segment.expert] += length
+        return out
+
+    # ---- cached inference ----
+    def prefix(self, segments: Sequence[Segment], suffix_tokens: int) -> Prefix:
+        """Run prefix segments once into a fresh cache with room for `suffix_tokens` more."""
+        valid = torch.cat([segment.valid for segment in segments], dim=1)
+        mask = segment_mask([segment.span for segment in segments], valid)
+        batch, length = valid.shape
+        cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
+        streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
+        streams[0] = torch.cat([segment.embeddings for segment in segments], dim=1)
+        hidden = self.transformer(streams, positions_of(valid), mask, cache, 0)[0]
+        assert hidden is not None
+        cache.advance(length)
+        cache.valid[:, :length] = valid
+        return Prefix(cache, hidden, valid.sum(dim=1), length)
+
+    def suffix_logits(self, prefix: Prefix, ids: Tensor) -> Tensor:
+        """Logits after each of Q new input tokens, written behind what the cache holds. int64[B, Q] -> [B, Q, V].
+
+        Causal among the new tokens. The cache advances by Q; roll back with `prefix.cache.truncate`.
+        """
+        cache = prefix.cache
+        start, count = cache.length, ids.shape[1]
+        end = start + count
+        steps = torch.arange(start - prefix.length, end - prefix.length, device=ids.device)
+        cache.valid[:, start:end] = True
+        mask = cache.valid[:, None, :end].expand(-1, count, -1)
+        if count > 1:
+            ahead = torch.ones(count, end, dtype=torch.bool, device=ids.device).tril(diagonal=start)
+            mask = mask & ahead
+        streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
+        expert = self.config.suffix_expert
+        streams[expert] = self.head.embed(ids).to(cache.keys.dtype)
+        hidden = self.transformer(streams, prefix.next_position[:, None] + steps, mask, cache, start)[expert]
+        assert hidden is not None
+        cache.advance(count)
+        return self.head.logits(self.transformer.finish(expert, hidden))
+
+
+def _all_valid(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

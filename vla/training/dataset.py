@@ -1,0 +1,129 @@
+"""Training samples from a LeRobotDataset: everything small is prepared once, images come from a memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla.data.frames import FrameStore
+from vla.data.lerobot import LeRobotDataset
+from vla.data.normalize import Normalizer
+from vla.data.window import Windows
+from vla.embodiment import Embodiment
+from vla.errors import DataError, explain
+from vla.tokenizers import ActionTokenizer
+from vla.tokenizers.text import TextTokenizer
+
+IGNORE = -100  # label of positions without a loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch, numpy, normalised.
+
+    images: {camera: uint8[B, H, W, 3]}. text, text_valid: [B, L]. state: float32[B, S]. tokens: int64[B, K], IGNORE
+    behind the end. chunk: float32[B, T, A]. keyframe: float32[B, S], the state at the next gripper change.
+    """
+
+    images: dict[str, np.ndarray]
+    text: np.ndarray
+    text_valid: np.ndarray
+    state: np.ndarray
+    tokens: np.ndarray
+    chunk: np.ndarray
+    keyframe: np.ndarray
+
+
+class TrainingData:
+    """Index arithmetic and prepared arrays of one data set.
+
+    Episodes are split into training and validation by their number (every `1 / val_fraction`-th one validates), so the
+    split does not depend on the seed of training. Frames whose next `settle` actions answer a perturbation that the
+    observation cannot know of are left out of training.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, horizon: int, val_fraction: float = 0.03, settle: int = 8):
+        self.dataset, self.horizon = dataset, horizon
+        self.embodiment: Embodiment = dataset.embodiment()
+        self.windows = Windows(dataset, self.embodiment)
+        self.state_normalizer = Normalizer.from_stats(dataset.stats["observation.state"])
+        self.action_normalizer = Normalizer.from_stats(dataset.stats["action"])
+        self.states = self.state_normalizer.normalize(np.asarray(dataset.column("observation.state"), np.float32))
+        every = max(2, round(1 / val_fraction))
+        frames = np.arange(len(dataset))
+        validates = np.asarray(dataset.episode_of) % every == every - 1
+        clean = self.windows.undisturbed(frames, min(settle, horizon)).all(axis=1)
+        self.train_frames, self.val_frames = frames[~validates & clean], frames[validates & clean]
+        if len(self.train_frames) == 0:
+            raise DataError(explain(str(dataset.path), "training frames", "none", "Collect more episodes."))
+        self.task_of = np.asarray(dataset.column("task_index"), np.int64).reshape(-1)
+        self._keyframe_rows = self._next_keyframe()
+
+    def chunks(self, frames: np.ndarray) -> np.ndarray:
+        """Normalised action chunks float32[B, T, A]; behind the end of an episode the arm stays."""
+        return self.action_normalizer.normalize(self.windows.actions(frames, self.horizon)[0])
+
+    def prepare(
+        self,
+        tokenizer: ActionTokenizer,
+        text_tokenizer: TextTokenizer,
+        image_sizes: dict[str, tuple[int, int]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Tokenize every chunk once and open the frame store."""
+        frames = np.arange(len(self.dataset))
+        lists: list[list[int]] = []
+        for start in range(0, len(frames), 4096):
+            lists += [tokenizer.encode(chunk) for chunk in self.chunks(frames[start : start + 4096])]
+        self.longest = max(map(len, lists))
+        self.mean_tokens = float(np.mean([len(ids) for ids in lists]))
+        self._tokens = np.full((len(lists), self.longest), IGNORE, np.int16 if tokenizer.vocab_size < 2**15 else np.int32)
+        for row, ids in zip(self._tokens, lists):
+            row[: len(ids)] = ids
+        self._text, self._text_valid = text_tokenizer.encode_padded(list(self.dataset.tasks))
+        self.images = FrameStore(self.dataset, image_sizes, on_progress=on_progress)
+
+    def batch(self, frames: np.ndarray) -> Batch:
+        """frames: int[B]."""
+        order = np.asarray(frames)
+        task = self.task_of[order]
+        return Batch(
+            {camera: np.ascontiguousarray(store[order]) for camera, store in self.images.items()},
+            self._text[task],
+            self._text_valid[task],
+            self.states[order],
+            self._tokens[order].astype(np.int64),
+            self.chunks(order),
+            self.states[self._keyframe_rows[order]],
+        )
+
+    def _next_keyframe(self) -> np.ndarray:
+        """int64[N]: the row where the gripper next changes its command, or the last row of the episode."""
+        rows = np.empty(len(self.dataset), np.int64)
+        gripper = self.embodiment.action_names.index("gripper") if "gripper" in self.embodiment.action_names else None
+        actions = np.asarray(self.dataset.column("action"), np.float32)
+        for episode in self.dataset.episodes:
+            span = np.arange(episode.start, episode.stop)
+            ends = np.zeros(len(span), bool)
+            ends[-1] = True
+            if gripper is not None:
+                sign = np.sign(actions[span, gripper])
+                ends[:-1] |= sign[1:] != sign[:-1]
+            stops = span[ends]
+            rows[span] = stops[np.searchsorted(stops, span)]
+        return rows
+
+
+def sample_frames(seed: int, step: int, frames: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    """The frames of one training step: a function of (seed, step) alone, which is what makes a resume exact.
+
+    Epochs are shuffled passes over all frames; the last incomplete batch of an epoch is dropped.
+    """
+    frames = np.asarray(frames)
+    per_epoch = max(1, len(frames) // batch_size)
+    epoch, offset = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(frames))
+    chosen = order[offset * batch_size : (offset + 1) * batch_size]
+    return frames[chosen]

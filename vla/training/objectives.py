@@ -1,0 +1,32 @@
+"""One function per loss. All take model outputs and normalised targets, and return a scalar."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vla.training.dataset import IGNORE
+
+
+def action_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over action tokens. logits: [B, K, V]; labels: int64[B, K], IGNORE without a loss."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+
+
+def token_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of action tokens whose most likely id is the label."""
+    counted = labels != IGNORE
+    return ((logits.argmax(dim=-1) == labels) & counted).sum() / counted.sum()
+
+
+def l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of a read-out. prediction: [B, n]; target: [B, ...] with n values per sample."""
+    return (prediction.float() - target.flatten(1).float()).abs().mean()
+
+
+def finite(loss: Tensor, step: int) -> Tensor:
+    """The loss, or FloatingPointError when training has diverged."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {step}. Lower train.lr.")
+    return loss

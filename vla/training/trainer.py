@@ -1,0 +1,397 @@
+"""Training: one loop for CPU and GPU, resumable to the same loss curve.
+
+What a step sees is a function of (seed, step), and a checkpoint holds weights, optimiser, averaged weights and the
+step; a killed run therefore continues as if it had not been killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.checkpoints import bundle as bundles
+from vla.checkpoints.bundle import Bundle
+from vla.data.lerobot import LeRobotDataset
+from vla.errors import ConfigError, DataError, explain
+from vla.models.transformer import TransformerConfig
+from vla.models.vision import CameraEncoderConfig
+from vla.models.vla import ModelConfig, Vla
+from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
+from vla.tokenizers.text import TextTokenizer
+from vla.training import objectives
+from vla.training.dataset import IGNORE, Batch, TrainingData, sample_frames
+
+Rollout = Callable[[Bundle, int], dict[str, float]]
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The part of ModelConfig that a person chooses; the rest follows from the data.
+
+    horizon: T. text_length: L, longest instruction in tokens. auxiliary weights: keyframe (state at the next gripper
+    change) and chunk (the whole normalised chunk), read off the state token; they teach the backbone where to look and
+    are not used when acting.
+    """
+
+    cameras: tuple[CameraEncoderConfig, ...]
+    transformer: TransformerConfig
+    horizon: int = 16
+    text_length: int = 24
+    text_vocab: int = 384
+    suffix_expert: int = 1
+    keyframe_weight: float = 0.5
+    chunk_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """kind: "fast", fitted on the training chunks, "bins", or "fast_file" (a FAST folder at `path`)."""
+
+    kind: str = "fast"
+    vocab_size: int = 512
+    scale: float = 10.0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Arguments of `train`.
+
+    data: folder of a LeRobotDataset. out: folder of the run (checkpoint, bundle, logs). steps, batch_size: of the
+    optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the averaged weights, 0 for none.
+    precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate. settle: see TrainingData.
+    rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
+    for runs of more than half an hour). image_shift: random shift of training images in pixels.
+    """
+
+    data: str
+    out: str
+    model: ModelRecipe
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    steps: int = 10000
+    batch_size: int = 64
+    lr: float = 1e-3
+    final_lr_share: float = 0.02
+    warmup_steps: int = 200
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: str = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    val_fraction: float = 0.03
+    settle: int = 8
+    image_shift: int = 0
+    log_every: int = 20
+    val_every: int = 500
+    val_batches: int = 8
+    checkpoint_every: int = 500
+    rollout_every: int = 0
+    compile: bool = False
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(explain("train.precision", "fp32 or bf16", self.precision, "Choose one of them."))
+        for key in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(explain(f"train.{key}", "at least 1", getattr(self, key), "Give a positive number."))
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the loss curve; a resume must agree on it."""
+        data = asdict(self)
+        for key in ("out", "device", "threads", "log_every", "val_every", "val_batches", "checkpoint_every",
+                    "rollout_every", "compile"):  # fmt: skip
+            del data[key]
+        data["data"] = Path(self.data).name
+        return json.loads(json.dumps(data))
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    steps: int
+    loss: float
+    val_loss: float
+    samples_per_s: float
+    bundle: str
+
+
+class Trainer:
+    """One run. `run()` trains to the end; tests drive `step()`."""
+
+    def __init__(self, config: TrainConfig, log: Log | None = None, rollout: Rollout | None = None):
+        self.config, self._log, self._rollout = config, log or (lambda row: None), rollout
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = torch.device(
+            config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        dataset = LeRobotDataset(config.data)
+        recipe = config.model
+        self.data = TrainingData(dataset, recipe.horizon, config.val_fraction, config.settle)
+        self.text_tokenizer = TextTokenizer.fit(dataset.tasks, recipe.text_vocab, recipe.text_length)
+        self.tokenizer = self._make_tokenizer()
+        sizes = {camera.name: (camera.size, camera.size) for camera in recipe.cameras}
+        self.data.prepare(
+            self.tokenizer, self.text_tokenizer, sizes,
+            lambda done, total: self._log({"event": "frames", "done": done, "total": total}),
+        )  # fmt: skip
+        torch.manual_seed(config.seed)
+        self.model = Vla(self._model_config()).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self.step_number = 0
+        self._loss = torch.compile(self._losses, dynamic=False) if config.compile else self._losses
+
+    # ---- parts ----
+    def _make_tokenizer(self) -> ActionTokenizer:
+        recipe = self.config.tokenizer
+        if recipe.kind == "bins":
+            return BinTokenizer()
+        if recipe.kind == "fast_file":
+            return FastTokenizer.load(recipe.path)
+        if recipe.kind != "fast":
+            raise ConfigError(explain("tokenizer.kind", "fast, bins or fast_file", recipe.kind, "Choose one of them."))
+        frames = self.data.train_frames
+        # A fixed sample is enough to learn merges, and the range must cover every chunk that will be encoded.
+        return FastTokenizer.fit(self.data.chunks(np.arange(len(self.data.dataset))), recipe.vocab_size, recipe.scale) \
+            if len(frames) < 200_000 else FastTokenizer.fit(self.data.chunks(frames[::4]), recipe.vocab_size, recipe.scale)
+
+    def _model_config(self) -> ModelConfig:
+        recipe, embodiment = self.config.model, self.data.embodiment
+        auxiliary = {}
+        if recipe.keyframe_weight:
+            auxiliary["keyframe"] = embodiment.state_dim
+        if recipe.chunk_weight:
+            auxiliary["chunk"] = recipe.horizon * embodiment.action_dim
+        return ModelConfig(
+            recipe.cameras, recipe.transformer, embodiment.state_dim, embodiment.action_dim, recipe.horizon,
+            self.text_tokenizer.vocab_size, recipe.text_length, self.tokenizer.vocab_size, recipe.suffix_expert,
+            auxiliary,
+        )  # fmt: skip
+
+    def bundle(self) -> Bundle:
+        """The present model (averaged weights if there are any) with everything a policy needs."""
+        model = copy.deepcopy(self.average if self.average is not None else self.model).eval()
+        training = {
+            "config": self.config.identity(),
+            "step": self.step_number,
+            "data_fingerprint": self.data.dataset.fingerprint,
+            "torch": torch.__version__,
+        }
+        return Bundle(
+            model, self.data.embodiment, self.data.state_normalizer, self.data.action_normalizer, self.tokenizer,
+            self.text_tokenizer, (0,), training,
+        )  # fmt: skip
+
+    # ---- one step ----
+    def learning_rate(self, step: int) -> float:
+        config = self.config
+        if step < config.warmup_steps:
+            return config.lr * (step + 1) / config.warmup_steps
+        share = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+        return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * share)))
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step; returns the losses, detached."""
+        config = self.config
+        frames = sample_frames(config.seed, self.step_number, self.data.train_frames, config.batch_size)
+        self.model.train()
+        losses = self._loss(self.model, *self._tensors(self.data.batch(frames), self.step_number))
+        objectives.finite(losses["loss"], self.step_number).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step_number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        if self.average is not None:
+            decay = min(config.ema, self.step_number / (self.step_number + 10))
+            with torch.no_grad():
+                averaged = list(self.average.parameters())
+                torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
+        return {**{name: value.detach() for name, value in losses.items()}, "gradient_norm": norm.detach()}
+
+    def _tensors(self, batch: Batch, step: int | None) -> tuple[Any, ...]:
+        images = {name: torch.from_numpy(value).to(self.device) for name, value in batch.images.items()}
+        if step is not None and self.config.image_shift:
+            images = {name: self._shifted(value, step) for name, value in images.items()}
+        rest = (batch.text, batch.text_valid, batch.state, batch.tokens, batch.chunk, batch.keyframe)
+        return images, *(torch.from_numpy(value).to(self.device) for value in rest)
+
+    def _shifted(self, images: Tensor, step: int) -> Tensor:
+        """Random shift by whole pixels, edges repeated (Kostrikov et al. 2020, DrQ); one shift per batch and step."""
+        reach = self.config.image_shift
+        dy, dx = np.random.default_rng([self.config.seed, step, 1]).integers(-reach, reach + 1, 2)
+        rows = (torch.arange(images.shape[1], device=self.device) + int(dy)).clamp(0, images.shape[1] - 1)
+        cols = (torch.arange(images.shape[2], device=self.device) + int(dx)).clamp(0, images.shape[2] - 1)
+        return images[:, rows][:, :, cols]
+
+    def _losses(
+        self, model: Vla, images: dict[str, Tensor], text: Tensor, text_valid: Tensor, state: Tensor, tokens: Tensor,
+        chunk: Tensor, keyframe: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        recipe = self.config.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            segments = model.prefix_segments(images, text, text_valid, state)
+            segments.append(model.action_segment(model.head.shift(tokens), tokens != IGNORE))
+            hidden = model.run(segments)
+            logits = model.head.logits(hidden[-1])
+            read = {name: head(hidden[-2][:, 0]) for name, head in model.auxiliary.items()}
+        out = {"tokens": objectives.action_cross_entropy(logits, tokens)}
+        total = out["tokens"]
+        for name, target, weight in (
+            ("keyframe", keyframe, recipe.keyframe_weight),
+            ("chunk", chunk, recipe.chunk_weight),
+        ):
+            if weight:
+                out[name] = objectives.l1(read[name], target)
+                total = total + weight * out[name]
+        out["accuracy"] = objectives.token_accuracy(logits, tokens)
+        return {"loss": total, **out}
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Mean losses of the averaged weights on held-out episodes, the same frames every time."""
+        model = (self.average if self.average is not None else self.model).eval()
+        sums: dict[str, float] = {}
+        frames = self.data.val_frames
+        if len(frames) == 0:
+            return {}
+        batches = min(self.config.val_batches, max(1, len(frames) // self.config.batch_size))
+        for i in range(batches):
+            chosen = sample_frames(1234, i, frames, min(self.config.batch_size, len(frames)))
+            for name, value in self._losses(model, *self._tensors(self.data.batch(chosen), None)).items():
+                sums[name] = sums.get(name, 0.0) + float(value) / batches
+        return {f"val_{name}": value for name, value in sums.items()}
+
+    # ---- checkpoints ----
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Everything a resume needs, written atomically."""
+        state = {
+            "identity": json.dumps(self.config.identity(), sort_keys=True),
+            "step": self.step_number,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.checkpoint_path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint_path)
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint of this run, if there is one of the same configuration."""
+        if not self.checkpoint_path.exists():
+            return False
+        try:
+            state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise DataError(
+                explain(str(self.checkpoint_path), "a checkpoint", f"unreadable ({error})", "Remove it to start anew.")
+            ) from error
+        mine, theirs = self.config.identity(), json.loads(state["identity"])
+        if mine != theirs:
+            changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            raise ConfigError(
+                explain(str(self.out), f"the same {', '.join(changed)} as before", "other values",
+                        "Choose another train.out, or remove its checkpoint.pt.")
+            )  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number = state["step"]
+        return True
+
+    # ---- the run ----
+    def run(self) -> TrainReport:
+        config = self.config
+        resumed = self.resume()
+        self._log({
+            "event": "start", "resumed": resumed, "step": self.step_number, "steps": config.steps,
+            "parameters": sum(p.numel() for p in self.model.parameters()), "frames": len(self.data.train_frames),
+            "tokens_mean": self.data.mean_tokens, "tokens_max": self.data.longest, "device": str(self.device),
+        })  # fmt: skip
+        losses: dict[str, float] = {}
+        validation: dict[str, float] = {}
+        samples_per_s = 0.0
+        with _scalars(self.out / "tensorboard", self.step_number) as scalar:
+            since, at = time.perf_counter(), self.step_number
+            try:
+                while self.step_number < config.steps:
+                    current = self.step()
+                    if self.step_number % config.log_every == 0 or self.step_number == config.steps:
+                        now = time.perf_counter()
+                        samples_per_s = (self.step_number - at) * config.batch_size / (now - since)
+                        since, at = now, self.step_number
+                        losses = {name: float(value) for name, value in current.items()}
+                        row = {**losses, "lr": self.learning_rate(self.step_number), "samples_per_s": samples_per_s}
+                        scalar(row, self.step_number)
+                        self._log({"event": "step", "step": self.step_number, **row})
+                    if self.step_number % config.val_every == 0 or self.step_number == config.steps:
+                        validation = self.validate()
+                        scalar(validation, self.step_number)
+                        self._log({"event": "validation", "step": self.step_number, **validation})
+                        since, at = time.perf_counter(), self.step_number
+                    if self.step_number % config.checkpoint_every == 0:
+                        self.save()
+                        bundles.save(self.bundle(), self.out / "bundle")
+                    if self._rollout and config.rollout_every and self.step_number % config.rollout_every == 0:
+                        result = self._rollout(self.bundle(), self.step_number)
+                        scalar({f"rollout_{name}": value for name, value in result.items()}, self.step_number)
+                        self._log({"event": "rollout", "step": self.step_number, **result})
+                        since, at = time.perf_counter(), self.step_number
+            except KeyboardInterrupt:
+                self.save()
+                self._log({"event": "interrupted", "step": self.step_number})
+                raise
+        self.save()
+        bundles.save(self.bundle(), self.out / "bundle")
+        return TrainReport(
+            self.step_number, losses.get("loss", math.nan), validation.get("val_loss", math.nan), samples_per_s,
+            str(self.out / "bundle"),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _scalars(folder: Path, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """TensorBoard scalars, and the same rows as JSON lines beside it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=step) as writer, (folder.parent / "curve.jsonl").open("a") as stream:
+
+        def write(values: dict[str, float], at: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, at)
+            stream.write(json.dumps({"step": at, **values}) + "\n")
+            stream.flush()
+
+        yield write
+
+
+def train(config: TrainConfig, log: Log | None = None, rollout: Rollout | None = None) -> TrainReport:
+    """Train to the end, resuming a run that was killed."""
+    return Trainer(config, log, rollout).run()
