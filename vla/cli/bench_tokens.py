@@ -6,8 +6,9 @@ with the public FAST+ and with a FAST fitted to them. Fitting and measuring use 
 arms side by side, each at its own task. The compression ratio is tokens of bins / tokens of FAST, as in the paper
 (Pertsch et al., FAST, arXiv 2501.09747, table 1).
 
-An upper limit of what merges can do follows from the data: `nonzero` counts the integers of a chunk that survive the
-rounding. Runs of zeros merge well; integers of changing value hardly do.
+What the smoothness of the data allows shows in `nonzero`, the integers of a chunk that survive the rounding: runs of
+zeros merge well, integers of changing value hardly do. `--pace 0.5` runs the same expert at half its speed, so that a
+second holds half as much motion.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla.data.normalize import Normalizer
 from vla.errors import ConfigError, DataError, explain
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
 
@@ -33,31 +35,14 @@ _SEARCH_FACTOR = 3  # attempts per wanted episode before the expert is called br
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Quantile normalisation of one arm: centre and half of the q01..q99 range, float64[A]; 0 where nothing moves."""
-
-    centre: np.ndarray
-    half: np.ndarray
-
-    @classmethod
-    def of(cls, episodes: Sequence[np.ndarray]) -> Scale:
-        low, high = np.quantile(np.concatenate(episodes), [0.01, 0.99], axis=0)
-        return cls((low + high) / 2, (high - low) / 2)
-
-    def normalise(self, actions: np.ndarray) -> np.ndarray:
-        """Physical -> float32, -1..1 between the quantiles; a dimension without range gives 0."""
-        moves = self.half > 1e-9
-        return np.where(moves, (actions - self.centre) / np.where(moves, self.half, 1.0), 0.0).astype(np.float32)
-
-
-@dataclass(frozen=True)
 class Row:
     """One tokenizer at one rate and width; means over the test chunks.
 
     tokens: per one-second chunk. ratio: tokens of bins / tokens. paper: ratio in the paper, None where it has none.
     rms: reconstruction error, root mean square in normalised units over the dimensions that move. rms_mm: the same in
     millimetres over the translation dimensions. drift_mm: root mean square of the length of the error, summed over the
-    chunk: how far the arm is off after one second. nonzero: integers that survive rounding; None for bins.
+    chunk: how far the arm is off after one second. nonzero: integers that survive rounding, None for bins;
+    nonzero_gripper: those of the gripper dimensions among them.
     """
 
     rate_hz: int
@@ -70,16 +55,23 @@ class Row:
     rms_mm: float
     drift_mm: float
     nonzero: float | None
+    nonzero_gripper: float | None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Expert episodes at one rate, physical units: float32[T_i, A] each. metres: indices of translation dimensions."""
+    """Expert episodes at one rate, physical units: float32[T_i, A] each.
+
+    metres: bool[A], the translation dimensions. gripper: bool[A]. attempts: episodes that were run to get these.
+    seconds: mean length.
+    """
 
     fit: list[np.ndarray]
     test: list[np.ndarray]
-    metres: list[int]
+    metres: np.ndarray
+    gripper: np.ndarray
     attempts: int
+    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"public FAST+ (tokenizer.json, processor_config.json); default: ${FAST_PLUS_VARIABLE}, else skipped",
     )
     parser.add_argument("--rates", type=int, nargs="+", default=[5, 15, 20, 50], metavar="HZ", help="control rates")
+    parser.add_argument("--pace", type=float, default=1.0, help="share of the expert's usual speed (default 1)")
     parser.add_argument("--env", default="tabletop", help="environment with a scripted expert and a free rate")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
 
@@ -101,31 +94,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if min(args.fit_episodes, args.test_episodes, *args.rates) < 1:
         raise ConfigError(explain("bench tokens", "positive episodes and rates", "a number below 1", "See --help."))
+    if not 0 < args.pace <= 1:
+        raise ConfigError(explain("--pace", "a number above 0, at most 1", args.pace, "0.5 is half the usual speed."))
     fast_plus = _fast_plus(args.fast_plus)
     rows: list[Row] = []
-    attempts: dict[int, str] = {}
+    runs: dict[int, dict[str, float]] = {}
     for rate in args.rates:
-        arm = collect(args.env, rate, args.fit_episodes, args.test_episodes, _progress(rate))
-        attempts[rate] = f"{args.fit_episodes + args.test_episodes} of {arm.attempts}"
+        arm = collect(args.env, rate, args.pace, args.fit_episodes, args.test_episodes, _progress(rate))
+        kept = args.fit_episodes + args.test_episodes
+        runs[rate] = {"kept": kept, "attempts": arm.attempts, "seconds": round(arm.seconds, 2)}
         for arms in (1, 2):
             rows += measure(rate, arms, arm, fast_plus, args.vocab_size, args.scale)
     if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "expert_successes": attempts}, indent=2))
+        print(json.dumps({"pace": args.pace, "rows": [asdict(row) for row in rows], "expert": runs}, indent=2))
     else:
         print(table(rows))
-        print("\nexpert episodes that succeeded: " + ", ".join(f"{rate} Hz {text}" for rate, text in attempts.items()))
+        print("\nexpert episodes (kept of attempted, mean length):")
+        for rate, facts in runs.items():
+            print(f"  {rate:2d} Hz  {facts['kept']} of {facts['attempts']}, {facts['seconds']:.2f} s")
         if fast_plus is None:
             print(f"FAST+ was skipped: pass --fast-plus FOLDER or set {FAST_PLUS_VARIABLE}.")
     return 0
 
 
-def collect(env: str, rate_hz: int, fit_episodes: int, test_episodes: int, progress: Callable[[int, int], None]) -> Arm:
+def collect(
+    env: str,
+    rate_hz: int,
+    pace: float,
+    fit_episodes: int,
+    test_episodes: int,
+    progress: Callable[[int, int], None],
+) -> Arm:
     """Undisturbed, successful expert episodes at one rate, without rendering; fitting and test seeds are apart."""
-    from sim.collect import Noise, make_expert, run_expert
+    from sim.collect import Noise, run_expert
+    from sim.control import make_expert
     from sim.environment import EVAL_SEED_START, make
 
     environment = make(env, rate_hz=rate_hz)
-    expert = make_expert(env, environment)
+    expert = make_expert(env, environment, pace=pace)
     still = Noise(fraction=0.0)
     total, attempts = fit_episodes + test_episodes, 0
     parts: list[list[np.ndarray]] = []
@@ -146,45 +152,52 @@ def collect(env: str, rate_hz: int, fit_episodes: int, test_episodes: int, progr
                     explain(f"{env} at {rate_hz} Hz", f"{wanted} successes", len(episodes), "Leave this rate out.")
                 )
             parts.append(episodes)
-        metres = [i for i, unit in enumerate(environment.embodiment.action_units) if unit == "m"]
+        embodiment = environment.embodiment
     finally:
         environment.close()
-    return Arm(parts[0], parts[1], metres, attempts)
+    return Arm(
+        fit=parts[0],
+        test=parts[1],
+        metres=np.array([unit == "m" for unit in embodiment.action_units]),
+        gripper=np.array([name == "gripper" for name in embodiment.action_names]),
+        attempts=attempts,
+        seconds=float(np.mean([len(episode) / rate_hz for part in parts for episode in part])),
+    )
 
 
 def measure(
     rate_hz: int, arms: int, arm: Arm, fast_plus: FastTokenizer | None, vocab_size: int, scale: float
 ) -> list[Row]:
     """Rows of all tokenizers for chunks of one second, one arm or two side by side."""
-    scaling = Scale.of(arm.fit)
+    normalizer = side_by_side_normalizer(arm.fit, arms)
     fit = side_by_side(cut(arm.fit, rate_hz, max(1, rate_hz // _STARTS_PER_CHUNK)), arms)
     test = side_by_side(cut(arm.test, rate_hz, rate_hz), arms)
-    scaling = Scale(np.tile(scaling.centre, arms), np.tile(scaling.half, arms))
     tokenizers: dict[str, ActionTokenizer] = {"bins": BinTokenizer()}
     if fast_plus is not None:
         tokenizers["FAST+"] = fast_plus
-    fitted = FastTokenizer.fit([scaling.normalise(chunk) for chunk in fit], vocab_size=vocab_size, scale=scale)
+    fitted = FastTokenizer.fit([normalizer.normalize(chunk) for chunk in fit], vocab_size=vocab_size, scale=scale)
     tokenizers["FAST fitted"] = fitted
 
     dims = test[0].shape[1]
-    moves = scaling.half > 1e-9
-    one_arm = dims // arms
-    metres = [arm_index * one_arm + i for arm_index in range(arms) for i in arm.metres]
+    moves, half = normalizer.active, (normalizer.q99 - normalizer.q01) / 2
+    metres, gripper = np.tile(arm.metres, arms), np.tile(arm.gripper, arms)
     rows = []
     for name, tokenizer in tokenizers.items():
-        counts, square, square_m, drift, nonzero = [], [], [], [], []
+        counts, square, square_m, drift, nonzero, nonzero_gripper = [], [], [], [], [], []
         for chunk in test:
-            normalised = scaling.normalise(chunk)
+            normalised = normalizer.normalize(chunk)
             ids = tokenizer.encode(normalised)
             decoded = tokenizer.decode(ids, rate_hz, dims)
             error = decoded.astype(np.float64) - normalised
-            error_m = (error * scaling.half)[:, metres]
+            error_m = (error * half)[:, metres]
             counts.append(len(ids))
             square.append(np.mean(error[:, moves] ** 2))
             square_m.append(np.mean(error_m**2))
             drift.append(np.mean(np.sum(error_m.sum(0).reshape(arms, -1) ** 2, axis=1)))
             if isinstance(tokenizer, FastTokenizer):
-                nonzero.append(np.count_nonzero(tokenizer.integers(normalised)))
+                survive = np.count_nonzero(tokenizer.integers(normalised), axis=0)
+                nonzero.append(survive.sum())
+                nonzero_gripper.append(survive[gripper].sum())
         tokens = float(np.mean(counts))
         rows.append(
             Row(
@@ -198,6 +211,7 @@ def measure(
                 rms_mm=float(1000 * np.sqrt(np.mean(square_m))),
                 drift_mm=float(1000 * np.sqrt(np.mean(drift))),
                 nonzero=float(np.mean(nonzero)) if nonzero else None,
+                nonzero_gripper=float(np.mean(nonzero_gripper)) if nonzero else None,
             )
         )
     return rows
@@ -219,9 +233,15 @@ def side_by_side(chunks: Sequence[Sequence[np.ndarray]], arms: int) -> list[np.n
     return [np.concatenate(both, axis=1) for left, right in zip(chunks, rolled) for both in zip(left, right)]
 
 
+def side_by_side_normalizer(episodes: Sequence[np.ndarray], arms: int) -> Normalizer:
+    """Quantiles of one arm, repeated for each arm."""
+    q01, q50, q99 = np.quantile(np.concatenate(episodes).astype(np.float64), [0.01, 0.5, 0.99], axis=0)
+    return Normalizer(np.tile(q01, arms), np.tile(q99, arms), np.tile(q50, arms))
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown, aligned: readable in a terminal as it is."""
-    head = ["Hz", "dims", "tokenizer", "tokens/s", "ratio", "paper", "RMS", "RMS mm", "drift mm", "nonzero"]
+    head = ["Hz", "dims", "tokenizer", "tokens/s", "ratio", "paper", "RMS", "RMS mm", "drift mm", "nonzero", "gripper"]
     body = [
         [
             str(row.rate_hz),
@@ -234,6 +254,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.rms_mm:.3f}",
             f"{row.drift_mm:.2f}",
             "" if row.nonzero is None else f"{row.nonzero:.1f}",
+            "" if row.nonzero_gripper is None else f"{row.nonzero_gripper:.1f}",
         ]
         for row in rows
     ]
