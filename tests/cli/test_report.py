@@ -46,6 +46,7 @@ def record() -> RunRecord:
         gate={"pass": 200, "reshape": 38, "stop": 2},
         gate_reasons={"velocity": 38, "heartbeat silent": 2},
         dropped={"/camera/wrist/image_raw": 3, "/joint_states": 0},
+        peak_rss_mb=900.5,
         rss_mb={"sim": 300.0, "policy": 600.5},
         events=[Event(6.0, "command", "heartbeat silent for 150 ms")],
         bundle_hash="ab12",

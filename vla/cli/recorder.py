@@ -1,108 +1,89 @@
-"""A node that only looks: keeps camera pictures and episode states of a run for the film and the trace."""
+"""Camera pictures of a run as they came over the topics, for the film and the trace."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image as Picture
 
-from ros_nodes.messages import Image, Message, Text
-from ros_nodes.node import SENSOR, SIM_STATUS, Effects, Endpoint, Now
 from vla.cli.film import FrameSpool, Shot, hold
-from vla.embodiment import Embodiment
-from vla.errors import TransportError
 
-NEVER_NS = 1 << 62
 OUTCOME_STANDS_S = 0.75
 
 
 @dataclass
 class Recorded:
-    """frames: per camera, (stamp_ns, index in the spool), in order of arrival."""
+    """frames: per camera, (stamp_ns, index in the spool), in order of arrival. start_ns, end_ns: of the motion."""
 
-    episode: int
-    instruction: str
+    number: int
     frames: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    instruction: str = ""
     success: bool | None = None
+    start_ns: int = 0
     end_ns: int | None = None
 
 
-class RecorderCore:
-    """Frames go to a scratch file per camera below `scratch`, only while an episode runs."""
+class Recorder:
+    """Frames go to one scratch file per camera: a long run must not fill the memory it is measuring.
 
-    name = "vla_recorder"
+    `on_image` is called by the thread that receives, the rest by the one that runs the episodes.
+    """
 
-    def __init__(self, embodiment: Embodiment, scratch: Path):
-        self._cameras = {camera.topic: camera.name for camera in embodiment.cameras}
-        self._spools = {name: FrameSpool(scratch / f"{name}.raw") for name in self._cameras.values()}
-        self.subscriptions = (*(Endpoint(topic, Image.type_name, SENSOR) for topic in self._cameras), SIM_STATUS)
-        self.publications: tuple[Endpoint, ...] = ()
-        self.next_tick_ns = NEVER_NS
+    def __init__(self, cameras: Sequence[str], scratch: Path):
+        self._spools = {name: FrameSpool(scratch / f".{name}.frames") for name in cameras}
+        self._lock = threading.Lock()
+        self._open: Recorded | None = None
         self.episodes: list[Recorded] = []
         self.refused = 0
 
-    def on_message(self, topic: str, message: Message, now: Now) -> Effects:
-        if isinstance(message, Image) and topic in self._cameras:
-            self._on_image(self._cameras[topic], message)
-        elif topic == SIM_STATUS.topic and isinstance(message, Text):
+    def begin(self, number: int) -> None:
+        with self._lock:
+            self._open = Recorded(number)
+            self.episodes.append(self._open)
+
+    def on_image(self, camera: str, stamp_ns: int, rgb: np.ndarray) -> None:
+        """rgb: uint8[H, W, 3]. Frames outside episodes, and of another size than the first, are left out."""
+        with self._lock:
+            if self._open is None:
+                return
             try:
-                self._on_status(message.object())
-            except (TransportError, KeyError):
+                index = self._spools[camera].append(rgb)
+            except ValueError:
                 self.refused += 1
-        return ()
+                return
+            self._open.frames.setdefault(camera, []).append((stamp_ns, index))
 
-    def _on_status(self, status: dict[str, Any]) -> None:
-        number, state = int(status["episode"]), status["state"]
-        if state == "running" and (not self.episodes or self.episodes[-1].episode != number):
-            self.episodes.append(Recorded(number, str(status.get("instruction", ""))))
-        elif state == "done" and self.episodes and self.episodes[-1].episode == number:
-            self.episodes[-1].success = bool(status["success"])
-            self.episodes[-1].end_ns = int(status["stamp_ns"])
-
-    def _on_image(self, camera: str, message: Image) -> None:
-        if not self.episodes or self.episodes[-1].end_ns is not None:
-            return
-        try:
-            index = self._spools[camera].append(message.rgb())
-        except ValueError:
-            self.refused += 1
-            return
-        self.episodes[-1].frames.setdefault(camera, []).append((message.stamp_ns, index))
-
-    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
-        self.refused += 1
-        return ()
-
-    def on_result(self, name: str, value: Any, now: Now) -> Effects:
-        return ()
-
-    def tick(self, now: Now) -> Effects:
-        return ()
-
-    def close(self, now: Now) -> Effects:
-        return ()
-
-    def summary(self) -> dict[str, Any]:
-        return {"frames": {name: len(spool) for name, spool in self._spools.items()}, "refused": self.refused}
+    def end(self, instruction: str, success: bool | None, start_ns: int, end_ns: int | None) -> None:
+        """success: None when the episode was broken off."""
+        with self._lock:
+            if self._open is not None:
+                self._open.instruction, self._open.success = instruction, success
+                self._open.start_ns, self._open.end_ns = start_ns, end_ns
+            self._open = None
 
     # ---- after the run ----
-    def shots(self, headlines: dict[int, str], fps: int) -> Iterator[Shot]:
+    @property
+    def frames(self) -> int:
+        """Pictures of the first camera."""
+        return len(next(iter(self._spools.values()))) if self._spools else 0
+
+    def shots(self, total: int, fps: int) -> Iterator[Shot]:
         """The film: for every picture of the first camera, the others' newest at that time."""
         for episode in self.episodes:
             shot = None
-            title = headlines.get(episode.episode, f"episode {episode.episode + 1}")
+            headline = f"episode {episode.number + 1} of {total}"
             for stamp_ns, views in self._sets(episode):
                 over = episode.end_ns is not None and stamp_ns >= episode.end_ns
-                shot = Shot(views, episode.instruction, title, episode.success if over else None)
+                shot = Shot(views, episode.instruction, headline, episode.success if over else None)
                 yield shot
             if shot is not None and episode.success is not None:
-                last = Shot(shot.views, shot.instruction, shot.headline, episode.success)
-                yield from hold(last, round(OUTCOME_STANDS_S * fps))
+                final = Shot(shot.views, shot.instruction, shot.headline, episode.success)
+                yield from hold(final, round(OUTCOME_STANDS_S * fps))
 
     def _sets(self, episode: Recorded) -> Iterator[tuple[int, list[np.ndarray]]]:
         names = list(self._spools)
@@ -110,6 +91,8 @@ class RecorderCore:
             return
         stamps = {name: np.array([stamp for stamp, _ in episode.frames[name]]) for name in names}
         for stamp_ns, index in episode.frames[names[0]]:
+            if stamp_ns < episode.start_ns:  # still on the way when the scene was reset
+                continue
             views = [self._spools[names[0]][index]]
             for name in names[1:]:
                 newest = max(0, int(np.searchsorted(stamps[name], stamp_ns, side="right")) - 1)

@@ -42,9 +42,10 @@ class Event:
 class RunRecord:
     """One run over the graph. Times in seconds since the start of the run, durations in milliseconds.
 
-    inference: [N, 2], start time and duration (ms). commands: [M, 1 + D], time and values. gate_times: per verdict.
+    inference: [N, 2], start time and duration (ms). commands: [M, 1 + D], time and values.
     dropped: {topic: messages lost by DDS, overwritten before they were read, or refused}.
-    rss_mb: peak memory per process. real_time_factor: simulated over wall time, 1.0 where the sim keeps up.
+    peak_rss_mb: of all processes together at one time; rss_mb: peak of each.
+    real_time_factor: simulated over wall time, 1.0 where the simulator keeps up.
     """
 
     env: str
@@ -65,6 +66,7 @@ class RunRecord:
     gate: dict[str, int] = field(default_factory=lambda: {"pass": 0, "reshape": 0, "stop": 0})
     gate_reasons: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    peak_rss_mb: float = 0.0
     rss_mb: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     real_time_factor: float = 1.0
@@ -92,7 +94,7 @@ class RunRecord:
             "missed_actions": self.missed_actions,
             "inference_ms": percentiles(self.inference[:, 1] if len(self.inference) else ()),
             "transport_ms": percentiles(self.transport_ms, (50, 95)),
-            "peak_rss_mb": round(sum(self.rss_mb.values()), 1),
+            "peak_rss_mb": round(self.peak_rss_mb, 1),
             "gate": {key: int(self.gate.get(key, 0)) for key in ("pass", "reshape", "stop")},
             "seeds": [episode.seed for episode in self.episodes],
             "bundle_hash": self.bundle_hash,
@@ -113,7 +115,7 @@ class RunRecord:
             "episodes": [asdict(episode) for episode in self.episodes],
             "gate_reasons": self.gate_reasons,
             "dropped_messages": self.dropped,
-            "peak_rss_mb": {name: round(value, 1) for name, value in self.rss_mb.items()},
+            "process_peak_rss_mb": {name: round(value, 1) for name, value in self.rss_mb.items()},
             "events": [asdict(event) for event in self.events],
         }
 

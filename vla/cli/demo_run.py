@@ -1,0 +1,214 @@
+"""One run over the ROS graph: start the nodes, run the episodes, stop them, gather what was measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ros_nodes.graph import Graph
+from vla.cli.recorder import Recorder
+from vla.cli.results import Episode, Event, RunRecord
+from vla.errors import DataError, SimulationError
+from vla.runtime.trace import Trace
+from vla.types import NS_PER_S
+
+# What a run writes; removed before the next one into the same folder, so that results of two runs never mix.
+OUTPUTS = ("summary.json", "run.json", "report.html", "episodes.mp4", "trace.mcap", "control.json")
+OUTPUT_FOLDERS = ("logs", "stats")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `vla demo` was asked for. task: None for the environment's own choice. rtf: None for its default."""
+
+    env: str
+    policy: str
+    task: str | None
+    episodes: int
+    seed: int
+    out: Path
+    rtf: float | None = None
+    domain: int | None = None
+
+
+class Run:
+    """Use as a context: `with Run(plan) as run: for episode in run.episodes(): ...`; afterwards `run.record()`."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        clear(plan.out)
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._done: list[Episode] = []
+        self._events: list[Event] = []
+        self.interrupted = False
+        watched = plan_cameras(plan.env)
+        self.recorder = Recorder(watched, plan.out)
+        self.graph = Graph(
+            plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
+            watch=watched, on_image=self.recorder.on_image,
+        )  # fmt: skip
+
+    def __enter__(self) -> Run:
+        self.graph.start()
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = time.monotonic()
+        self.recorder.end(str(self.graph.sim_status().get("instruction", "")), None, 0, None)
+        self.graph.stop()
+
+    def episodes(self) -> Iterator[Episode]:
+        """Run them, one seed after the other; SimulationError when the simulator refuses a reset."""
+        for index in range(self.plan.episodes):
+            start_s = self._now_s()
+            self.recorder.begin(index)
+            outcome = self.graph.run_episode(self.plan.seed + index)
+            if outcome.error:
+                raise SimulationError(outcome.error)
+            status = self.graph.sim_status()
+            self.recorder.end(
+                outcome.instruction, outcome.success, int(status.get("start_ns", 0)), int(status["stamp_ns"])
+            )
+            note = "" if outcome.success or outcome.moved in (None, outcome.target) else f"moved the {outcome.moved}"
+            episode = Episode(
+                index, outcome.seed, outcome.task or self.plan.task or "", outcome.instruction, outcome.success,
+                outcome.steps, start_s, self._now_s(), note,
+            )  # fmt: skip
+            self._done.append(episode)
+            yield episode
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def record(self) -> RunRecord:
+        """Everything that was measured. Only after the context has ended: the nodes write their numbers at their end."""
+        plan, robot = self.plan, self.graph.embodiment
+        report = self.graph.report()
+        stats = {name: _read(plan.out / "stats" / f"{name}.json") for name in ("sim", "policy", "command")}
+        record = RunRecord(
+            env=plan.env,
+            task=plan.task or "",
+            policy=plan.policy,
+            rate_hz=robot.rate_hz,
+            seed=plan.seed,
+            command_names=robot.command_names,
+            episodes=self._done,
+            requested=plan.episodes,
+            wall_s=(self._ended or time.monotonic()) - self._began,
+            control_hz=float(report.get("control_hz") or 0.0),
+            due_actions=int(report.get("due_actions", 0)),
+            missed_actions=int(report.get("missed_actions", 0)),
+            transport_ms=np.asarray(self.graph.transport_ms()),
+            gate=dict(report.get("gate", {})),
+            gate_reasons=dict(report.get("stop_reasons", {})),
+            dropped=_dropped(stats),
+            peak_rss_mb=float(report.get("peak_rss_mb") or 0.0),
+            rss_mb={name: float(s["peak_rss_mb"]) for name, s in stats.items() if "peak_rss_mb" in s},
+            events=list(self._events),
+            real_time_factor=float(report.get("rtf") or 1.0),
+            bundle_hash=_bundle_hash(plan.policy),
+            interrupted=self.interrupted,
+        )
+        trace = self._trace()
+        if trace is not None:
+            origin_ns = _origin_ns(trace)
+            offset_s = self._done[0].start_s if self._done else 0.0
+            rows, inferences = slice(0, trace.rows), slice(0, trace.inferences)
+            times = (trace.tick_ns[rows] - origin_ns) / NS_PER_S + offset_s
+            record.commands = np.column_stack([times, trace.command[rows]])
+            starts = (trace.infer_start_ns[inferences] - origin_ns) / NS_PER_S + offset_s
+            if plan.policy != "expert":  # it answers inside the simulator: nobody measured how long it took
+                record.inference = np.column_stack([starts, trace.infer_ms[inferences]])
+            for stop in report.get("stops", []):
+                record.events.append(_stop_event(stop, origin_ns, offset_s))
+        record.events.sort(key=lambda event: event.at_s)
+        return record
+
+    def add_pictures(self, every: int = 2) -> Path | None:
+        """Put camera pictures into the trace, so that one file shows all; returns its path, None when there is none."""
+        trace = self._trace()
+        if trace is None:
+            return None
+        for camera, stamp_ns, jpeg in self.recorder.pictures(every):
+            trace.add_image(camera, stamp_ns, jpeg)
+        return trace.save_mcap(self.plan.out / "trace.mcap")
+
+    def _trace(self) -> Trace | None:
+        try:
+            return Trace.load_mcap(self.plan.out / "trace.mcap")
+        except DataError:  # a node that was killed leaves none
+            return None
+
+
+def plan_cameras(env: str) -> tuple[str, ...]:
+    """The cameras that are filmed: the first two of the robot."""
+    from vla.resources import load_embodiment
+
+    name = env if env in ("tabletop", "robosuite") else "libero"
+    return load_embodiment(name).camera_names[:2]
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run left in `out`; other files there are nobody's business."""
+    for name in OUTPUTS:
+        (out / name).unlink(missing_ok=True)
+    for folder in OUTPUT_FOLDERS:
+        for file in (out / folder).glob("*"):
+            file.unlink()
+
+
+@contextmanager
+def disposing(recorder: Recorder) -> Iterator[Callable[[], int]]:
+    """Scratch frames are removed on every way out."""
+    try:
+        yield lambda: recorder.frames
+    finally:
+        recorder.dispose()
+
+
+def _origin_ns(trace: Trace) -> int:
+    """The graph time that the first episode's first tick had."""
+    return int(trace.tick_ns[0]) if trace.rows else 0
+
+
+def _stop_event(stop: dict[str, Any], origin_ns: int, offset_s: float) -> Event:
+    silence = f" ({stop['silence_ms']:.0f} ms since the last heartbeat)" if stop.get("silence_ms") else ""
+    at_s = (int(stop["stamp_ns"]) - origin_ns) / NS_PER_S + offset_s
+    return Event(at_s, "gate", f"episode {int(stop['episode']) + 1}: stop, {stop['reason']}{silence}")
+
+
+def _dropped(stats: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """{topic -> node: messages lost by DDS, overwritten before they were read, refused or not sent}."""
+    out: dict[str, int] = {}
+    for node, values in stats.items():
+        for kind in ("lost", "overrun", "rejected", "failed"):
+            for topic, count in values.get(kind, {}).items():
+                if count:
+                    key = f"{topic} -> {node} ({kind})"
+                    out[key] = out.get(key, 0) + int(count)
+    return out
+
+
+def _bundle_hash(policy: str) -> str | None:
+    from vla.resources import BUNDLE_MARKER, bundle_path
+
+    if policy in ("expert", "hold"):
+        return None
+    return str(_read(bundle_path(policy) / BUNDLE_MARKER).get("hashes", {}).get("content", "")) or None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
+    except (OSError, ValueError):
+        return {}
