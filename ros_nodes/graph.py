@@ -9,6 +9,7 @@ The operator of the graph is this process: it resets the simulator over /sim/res
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -47,6 +48,7 @@ START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 _ROOT = Path(__file__).resolve().parent.parent
 _SAMPLE_S = 0.5
+_PRIORITY = 10
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Graph:
     """Simulator, policy and command node of one robot.
 
     env, task: of sim.environment. policy: "expert", "hold", a bundle folder or a shipped bundle's name. out: results,
-    logs and statistics. execute, lead: of the scheduler. domain: None for a free one. on_image(camera, stamp_ns,
+    logs and statistics. execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with
+    real-time priority (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns,
     rgb uint8[H, W, 3]) is called on the receive thread with pictures of `watch` (camera names).
     """
 
@@ -107,6 +110,7 @@ class Graph:
         real_time_factor: float | None = None,
         domain: int | None = None,
         threads: int = 1,
+        realtime: bool = False,
         watch: tuple[str, ...] = (),
         on_image: Callable[[str, int, np.ndarray], None] | None = None,
     ):
@@ -117,7 +121,7 @@ class Graph:
         self.embodiment = embodiment or load_embodiment(robot_name)
         self.simulated_time = env != "tabletop" or real_time_factor not in (None, 1.0)
         self.domain = free_domain() if domain is None else domain
-        self._factor = real_time_factor
+        self._factor, self._realtime = real_time_factor, realtime
         expert = policy == "expert"
         sim_time = ["--use-sim-time"] if self.simulated_time else []
         sim = ["--env", env, *(["--task", task] if task else []), *(["--policy", "expert"] if expert else [])]
@@ -202,6 +206,9 @@ class Graph:
                 [sys.executable, "-m", *self._commands[name], *common],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
             )  # fmt: skip
+        if self._realtime and hasattr(os, "sched_setscheduler"):
+            with contextlib.suppress(OSError):  # threads of the node inherit it, as none is running yet
+                os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY))
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after a while. Safe to call twice."""
