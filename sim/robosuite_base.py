@@ -30,7 +30,7 @@ CAMERA_NAMES = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 COLLISION_GROUP = 0  # robosuite puts collision geoms into group 0, visual ones into group 1
 
 
-class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
+class RobosuiteArm(gymnasium.Env[Any, Any], ABC):
     """A single-arm robosuite scene that fulfils `sim.environment.Environment`.
 
     image_size: pixels of both cameras, square. Images are turned by 180 degrees from OpenGL's order, as the public
@@ -58,7 +58,7 @@ class RobosuiteArm(gymnasium.Env[Observation, np.ndarray], ABC):
         size = self.embodiment.action_dim
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (size,), np.float64)
         image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(
+        self.observation_space: gymnasium.Space[Any] = gymnasium.spaces.Dict(
             {
                 "images": gymnasium.spaces.Dict({name: image for name in self.embodiment.camera_names}),
                 "state": gymnasium.spaces.Box(-np.inf, np.inf, (self.embodiment.state_dim,), np.float32),

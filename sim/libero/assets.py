@@ -133,7 +133,7 @@ def import_libero(assets: str | Path | None = None) -> Any:
     """
     folder = resolve_assets(assets)
     import_robosuite()
-    loaded = sys.modules.get("libero.libero")
+    loaded: Any = sys.modules.get("libero.libero")
     if loaded is not None:
         loaded._assets_path_cache = str(folder)
         return loaded
@@ -142,7 +142,7 @@ def import_libero(assets: str | Path | None = None) -> Any:
         raise SimulationError(explain("libero", "the package of hf-libero", "nothing to import", SETUP_REMEDY))
     root = Path(next(iter(spec.submodule_search_locations))) / "libero"
     with _private_config(root, folder), contextlib.redirect_stdout(io.StringIO()):
-        module = importlib.import_module("libero.libero")
+        module: Any = importlib.import_module("libero.libero")
     module._assets_path_cache = str(folder)  # the package never reads the `assets` key of its own config
     return module
 

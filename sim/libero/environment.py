@@ -128,6 +128,11 @@ def _load_initial_states(entry: Any) -> np.ndarray:
 
     path = f"{get_libero_path('init_states')}/{entry.problem_folder}/{entry.init_states_file}"
     rebuild = np.zeros(1).__reduce__()[0]  # numpy's own constructor, whose module numpy 2 renamed
-    allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype(np.float64))]
+    allowed: list[Any] = [
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
     with torch.serialization.safe_globals(allowed):
         return np.asarray(torch.load(path, weights_only=True), np.float64)
