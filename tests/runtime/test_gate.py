@@ -253,11 +253,33 @@ def test_tool_speed_scales_translation_and_rotation_by_one_factor():
     )
     action = np.array([0.03, 0.04, 0.0, 0.02, -1.0])
     limited, scaled = limit_tool(action, embodiment, 0.05)
-    assert scaled
+    assert scaled is Reason.TOOL_SPEED
     np.testing.assert_allclose(limited, [0.006, 0.008, 0.0, 0.004, -1.0])
     small = action * [0.1, 0.1, 0.1, 0.1, 1]
     same, scaled = limit_tool(small, embodiment, 0.05)
-    assert not scaled and same is small
+    assert scaled is Reason.NONE and same is small
+
+
+def test_a_tool_that_is_pushed_against_a_wall_slides_along_it():
+    embodiment = arm(workspace_lower=(-1, -1, 0.0), workspace_upper=(1, 1, 1))
+    action = np.array([0.01, 0.0, -0.02, 1.0])
+    limited, reason = limit_tool(action, embodiment, 0.05, tool=np.array([0.0, 0.0, 0.005]))
+    assert reason is Reason.WORKSPACE
+    np.testing.assert_allclose(limited, [0.01, 0.0, -0.005, 1.0])
+    outside = np.array([0.0, 0.0, -0.1])
+    np.testing.assert_allclose(limit_tool(action, embodiment, 0.05, outside)[0], [0.01, 0.0, 0.0, 1.0])
+    inward = np.array([0.0, 0.0, 0.03, 1.0])
+    assert limit_tool(inward, embodiment, 0.05, outside) == (inward, Reason.NONE)
+
+
+def test_a_joint_that_must_turn_around_does_not_hold_up_the_others():
+    drive = Drive()
+    drive.cruise()
+    before = drive.gate.command
+    decision = drive.step(before + np.array([-0.01, 0.01, 0, 0]))
+    assert decision.verdict is Verdict.RESHAPE
+    assert decision.values[0] - before[0] == pytest.approx((0.5 - 0.2) * 0.05), "still braking"
+    assert decision.values[1] - before[1] == pytest.approx(0.01)
 
 
 # ---- the mathematics ----

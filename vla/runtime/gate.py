@@ -91,23 +91,36 @@ class Decision:
     values: np.ndarray
 
 
-def limit_tool(action: np.ndarray, embodiment: Embodiment, period_s: float) -> tuple[np.ndarray, bool]:
-    """Scale the motion of an end-effector delta so that the tool keeps its speed limits; True when it had to.
+def limit_tool(
+    action: np.ndarray, embodiment: Embodiment, period_s: float, tool: np.ndarray | None = None
+) -> tuple[np.ndarray, Reason]:
+    """The cartesian limits of an end-effector delta, before inverse kinematics; the reason if it had to change.
 
-    action: float[A]. Entries with unit m are translation, with unit rad rotation; both shrink by one common factor,
-    so that the tool stays on its screw motion. The gripper and non-finite actions are left as they are.
+    action: finite float[A]. Entries with unit m are translation, with unit rad rotation; both shrink by one common
+    factor to keep the tool speed limits, so that the tool stays on its screw motion. Then, with the tool point known
+    (tool, float[3] metres), the part of the translation that leaves the workspace box is cut off: the tool slides
+    along a wall instead of stopping at it. The gripper is left as it is.
     """
-    if embodiment.action_space != "ee_delta" or not np.all(np.isfinite(action)):
-        return action, False
-    units = np.array(embodiment.action_units)
-    factor = 1.0
-    for unit, limit in (("m", embodiment.max_tool_speed_m_s), ("rad", embodiment.max_tool_speed_rad_s)):
-        length = float(np.linalg.norm(action[units == unit]))
+    if embodiment.action_space != "ee_delta":
+        return action, Reason.NONE
+    translation = np.array([unit == "m" for unit in embodiment.action_units])
+    rotation = np.array([unit == "rad" for unit in embodiment.action_units])
+    reason, factor = Reason.NONE, 1.0
+    for part, limit in ((translation, embodiment.max_tool_speed_m_s), (rotation, embodiment.max_tool_speed_rad_s)):
+        length = float(np.linalg.norm(action[part]))
         if length > limit * period_s:
             factor = min(factor, limit * period_s / length)
-    if factor >= 1.0 - 1e-9:  # float32 actions at exactly the limit are within it
-        return action, False
-    return np.where((units == "m") | (units == "rad"), action * factor, action), True
+    if factor < 1.0 - 1e-6:  # float32 actions at exactly the limit are within it
+        action, reason = np.where(translation | rotation, action * factor, action), Reason.TOOL_SPEED
+    if tool is not None and np.count_nonzero(translation) == 3:
+        # Outside the box, a wall is where the tool stands: only inward motion is left.
+        low, high = np.minimum(embodiment.workspace_lower, tool), np.maximum(embodiment.workspace_upper, tool)
+        moved = action[translation]
+        kept = np.minimum(np.maximum(moved, low - tool), high - tool)
+        if np.any(np.abs(kept - moved) > 1e-9):
+            action, reason = action.copy(), Reason.WORKSPACE
+            action[translation] = kept
+    return action, reason
 
 
 class Gate:
@@ -143,12 +156,14 @@ class Gate:
         self._limits = None if self._osc else JointLimits.of(embodiment)
         self._box = np.array([embodiment.workspace_lower, embodiment.workspace_upper], np.float64)
         self._tool_position = tool_position
-        if not self._osc and np.any(np.isfinite(self._box)) and tool_position is None:
+        self._boxed = not self._osc and bool(np.any(np.isfinite(self._box)))
+        if self._boxed and tool_position is None:
             raise ConfigError(
                 explain(
                     "tool_position", "a function q -> metres", "none", "The embodiment has a workspace box: pass FK."
                 )
             )
+        self._absolute = self._is_gripper | (embodiment.action_space == "joint_position")
         period_s = embodiment.period_s
         self._period_s = period_s
         self._heartbeat_ns = round(heartbeat_timeout_s * NS_PER_S)
@@ -195,6 +210,10 @@ class Gate:
     def velocity(self) -> np.ndarray:
         """float64[D], velocity of the last command."""
         return self._velocity.copy()
+
+    def tool(self) -> np.ndarray | None:
+        """float64[3] metres, tool point of the last command; None without a `tool_position`."""
+        return None if self._tool_position is None else np.asarray(self._tool_position(self._command), np.float64)
 
     @property
     def stopped(self) -> Reason:
@@ -353,14 +372,13 @@ class Gate:
         """
         assert self._limits is not None
         previous, self._last_target = self._last_target, goal
-        absolute = self._is_gripper | (self.embodiment.action_space == "joint_position")
         moving = np.zeros_like(goal)
         if previous is not None:
             speed = (goal - previous) / dt
             moving = np.where(self._is_gripper, 0.0, np.clip(speed, -self._limits.velocity, self._limits.velocity))
         lag = goal - self._command - moving * dt
         closing = np.sign(lag) * approach_speed(np.abs(lag), self._limits.acceleration, dt)
-        return np.where(absolute, moving + closing, wanted)
+        return np.where(self._absolute, moving + closing, wanted)
 
     def _what_limits(self, joint: int, desired: np.ndarray, dt: float) -> Reason:
         assert self._limits is not None
@@ -374,7 +392,7 @@ class Gate:
 
         Mixes of an allowed velocity and the braked one keep all joint limits, because those are convex in velocity.
         """
-        if self._tool_position is None or not np.any(np.isfinite(self._box)):
+        if not self._boxed:
             return velocity
         assert self._limits is not None
         brake = braked(self._velocity, self._limits, dt)

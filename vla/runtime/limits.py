@@ -96,16 +96,17 @@ def approach_speed(distance: np.ndarray, acceleration: np.ndarray, dt: float) ->
 
 
 def scale_into(desired: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, int]:
-    """Shrink the whole vector by one factor until no entry overshoots its bound, then meet the remaining bounds.
+    """Shrink the whole vector by one factor until no entry exceeds its bound, then meet the remaining bounds.
 
-    The direction of motion is kept wherever the acceleration limits let it be kept; a joint that cannot slow down
-    fast enough is the only one that deviates. Returns (velocity, index of the limiting entry or -1).
+    The direction of motion is kept wherever it can be. A joint that still moves the other way has no share in the
+    factor: it brakes as hard as it may, and the others do not wait for it.
+    Returns (velocity, index of the limiting entry or -1).
     """
-    bound = np.where(desired >= 0, np.maximum(high, 0.0), np.minimum(low, 0.0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factors = np.where(np.abs(desired) > np.abs(bound), bound / desired, 1.0)
-    worst = int(np.argmin(factors)) if len(factors) else -1
-    factor = factors[worst] if worst >= 0 else 1.0
+    bound = np.where(desired >= 0, high, low)
+    factors = np.ones_like(desired)
+    np.divide(bound, desired, out=factors, where=(np.abs(desired) > np.abs(bound)) & (bound * desired > 0))
+    worst = int(np.argmin(factors))
+    factor = factors[worst]
     scaled = desired * factor
     velocity = np.minimum(np.maximum(scaled, low), high)
     if factor < 1.0:

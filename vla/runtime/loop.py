@@ -109,7 +109,7 @@ class ControlLoop:
         silent = self.gate.silent(now_ns, self._heartbeat_ns)
         if due is None and self.scheduler.waiting and self.last[1] is not None and not silent:
             return self._command(now_ns, self.last[1])  # an extra tick within a slot: the command stands
-        target, upstream, scaled = self._target(due)
+        target, upstream, limited = self._target(due)
         decision = self.gate.step(
             now_ns,
             target,
@@ -120,8 +120,8 @@ class ControlLoop:
             heartbeat_ns=self._heartbeat_ns,
             fault=upstream,
         )
-        if scaled and decision.verdict is Verdict.PASS:
-            decision = Decision(Verdict.RESHAPE, Reason.TOOL_SPEED, decision.values)
+        if limited and decision.verdict is Verdict.PASS:
+            decision = Decision(Verdict.RESHAPE, limited, decision.values)
         if due is not None and decision.verdict is Verdict.STOP:
             self.scheduler.not_executed()
         self.last = (due, decision)
@@ -131,22 +131,22 @@ class ControlLoop:
             self.trace.tick(now_ns, due, decision, measured, missed, (time.perf_counter() - began) * 1e6)
         return self._command(now_ns, decision)
 
-    def _target(self, due: DueAction | None) -> tuple[np.ndarray | None, Reason, bool]:
-        """(target float64[D] or None, fault found on the way, tool speed was scaled)."""
+    def _target(self, due: DueAction | None) -> tuple[np.ndarray | None, Reason, Reason]:
+        """(target float64[D] or None, fault found on the way, cartesian limit that changed the action)."""
         if self._stop_request:
-            return None, Reason.OPERATOR, False
+            return None, Reason.OPERATOR, Reason.NONE
         if due is None:
-            return None, Reason.NONE if self.scheduler.chunks else Reason.WAITING, False
+            return None, Reason.NONE if self.scheduler.chunks else Reason.WAITING, Reason.NONE
         action = np.asarray(due.action, np.float64)
         if action.shape != (self.embodiment.action_dim,) or not np.all(np.isfinite(action)):
-            return None, Reason.ACTION_INVALID, False
-        action, scaled = limit_tool(action, self.embodiment, self.embodiment.period_s)
+            return None, Reason.ACTION_INVALID, Reason.NONE
         if self.kinematics is None:
-            return action, Reason.NONE, scaled
+            return action, Reason.NONE, Reason.NONE
         try:
-            return self.kinematics.solve(action, self.gate.command), Reason.NONE, scaled
+            action, limited = limit_tool(action, self.embodiment, self.embodiment.period_s, self.gate.tool())
+            return self.kinematics.solve(action, self.gate.command), Reason.NONE, limited
         except Exception:  # a solver that fails must end in a brake, never in a dead control loop
-            return None, Reason.KINEMATICS, False
+            return None, Reason.KINEMATICS, Reason.NONE
 
     def _command(self, now_ns: int, decision: Decision) -> Command:
         return Command(self.embodiment.control_mode, decision.values, now_ns, decision.reason.text)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,28 +178,34 @@ class Trace:
         }
         writer.add_metadata(_META, meta)
         channels: dict[str, int] = {}
-        messages: list[tuple[int, str, dict[str, Any]]] = []
-        for row in range(self.rows):
-            messages += self._tick_messages(row)
-        for row in range(self.inferences):
-            messages.append((int(self.infer_end_ns[row]), "/vla/inference", self._inference_message(row)))
-        for episode in self.episodes:
-            messages.append((episode.stamp_ns, "/vla/episode", asdict(episode)))
-        for image in self.images:
-            messages.append((image.stamp_ns, f"/vla/images/{image.camera}", _image_message(image)))
-        messages.sort(key=lambda message: message[0])
-        for sequence, (stamp_ns, topic, body) in enumerate(messages):
+        for sequence, (stamp_ns, topic, body) in enumerate(self._messages()):
             if topic not in channels:
                 name, properties = _schema(topic)
-                schema = writer.register_schema(
-                    name=name,
-                    encoding="jsonschema",
-                    data=json.dumps({"type": "object", "properties": properties}).encode(),
-                )
+                data = json.dumps({"type": "object", "properties": properties}).encode()
+                schema = writer.register_schema(name=name, encoding="jsonschema", data=data)
                 channels[topic] = writer.register_channel(topic=topic, message_encoding="json", schema_id=schema)
             data = json.dumps({"timestamp": _time(stamp_ns), **body}, allow_nan=False).encode()
             writer.add_message(channels[topic], log_time=stamp_ns, publish_time=stamp_ns, data=data, sequence=sequence)
         writer.finish()
+
+    def _messages(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(stamp_ns, topic, body) in order of time; a tick's messages stay together."""
+        counts = (self.rows, self.inferences, len(self.episodes), len(self.images))
+        episode_ns = np.array([episode.stamp_ns for episode in self.episodes], np.int64)
+        image_ns = np.array([image.stamp_ns for image in self.images], np.int64)
+        stamps = np.concatenate([self.tick_ns[: self.rows], self.infer_end_ns[: self.inferences], episode_ns, image_ns])
+        starts = np.cumsum((0, *counts))
+        for entry in np.argsort(stamps, kind="stable"):
+            kind = int(np.searchsorted(starts, entry, side="right")) - 1
+            row, stamp_ns = int(entry - starts[kind]), int(stamps[entry])
+            if kind == 0:
+                yield from self._tick_messages(row)
+            elif kind == 1:
+                yield stamp_ns, "/vla/inference", self._inference_message(row)
+            elif kind == 2:
+                yield stamp_ns, "/vla/episode", asdict(self.episodes[row])
+            else:
+                yield stamp_ns, f"/vla/images/{self.images[row].camera}", _image_message(self.images[row])
 
     def _tick_messages(self, row: int) -> list[tuple[int, str, dict[str, Any]]]:
         stamp_ns = int(self.tick_ns[row])
@@ -246,26 +253,28 @@ class Trace:
         try:
             with path.open("rb") as stream:
                 reader = make_reader(stream)
+                summary = reader.get_summary()
                 meta = next((dict(m.metadata) for m in reader.iter_metadata() if m.name == _META), None)
-                bodies = [(c.topic, m.log_time, json.loads(m.data)) for _, c, m in reader.iter_messages()]
+                if summary is None or summary.statistics is None or meta is None or meta.get("format") != str(_FORMAT):
+                    got = "none" if meta is None else f"format {meta.get('format')}"
+                    raise DataError(explain(str(path), f"metadata {_META!r} of format {_FORMAT}", got, remedy))
+                counts = summary.statistics.channel_message_counts
+                by_topic = {channel.topic: counts.get(key, 0) for key, channel in summary.channels.items()}
+                embodiment = Embodiment.from_dict(json.loads(meta["embodiment"]))
+                trace = cls(embodiment, max(1, by_topic.get("/vla/gate", 0)), max(1, by_topic.get("/vla/inference", 0)))
+                trace.dropped_rows = int(meta["dropped_rows"])
+                trace.action[:] = np.nan
+                trace.chunk[:] = trace.index[:] = -1
+                for _, channel, message in reader.iter_messages(log_time_order=False):
+                    trace._read(channel.topic, message.log_time, json.loads(message.data))
         except FileNotFoundError as error:
             raise DataError(explain(str(path), "a trace file", "no such file", remedy)) from error
+        except DataError:
+            raise
         except Exception as error:  # the reader raises many kinds for a damaged file
             raise DataError(
                 explain(str(path), "a complete MCAP file", f"{type(error).__name__}: {error}", remedy)
             ) from error
-        if meta is None or meta.get("format") != str(_FORMAT):
-            got = "none" if meta is None else f"format {meta.get('format')}"
-            raise DataError(explain(str(path), f"metadata {_META!r} of format {_FORMAT}", got, remedy))
-        ticks = sum(topic == "/vla/gate" for topic, _, _ in bodies)
-        inferences = sum(topic == "/vla/inference" for topic, _, _ in bodies)
-        embodiment = Embodiment.from_dict(json.loads(meta["embodiment"]))
-        trace = cls(embodiment, max(1, ticks), max(1, inferences))
-        trace.dropped_rows = int(meta["dropped_rows"])
-        trace.action[:] = np.nan
-        trace.chunk[:] = trace.index[:] = -1
-        for topic, stamp_ns, body in bodies:
-            trace._read(topic, stamp_ns, body)
         trace.due_ns[: trace.rows] = np.where(
             trace.chunk[: trace.rows] < 0, trace.tick_ns[: trace.rows], trace.due_ns[: trace.rows]
         )
