@@ -46,6 +46,7 @@ from vla.runtime.summary import percentiles
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
+MAX_RESTARTS = 5
 _ROOT = Path(__file__).resolve().parent.parent
 _SAMPLE_S = 0.5
 _PRIORITY = 10
@@ -95,6 +96,7 @@ class Graph:
     logs and statistics. execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with
     real-time priority (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns,
     rgb uint8[H, W, 3]) is called on the receive thread with pictures of `watch` (camera names).
+    restart: nodes that are started again when they die in mid-run, MAX_RESTARTS times in all, noted in `restarts`.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Graph:
         realtime: bool = False,
         watch: tuple[str, ...] = (),
         on_image: Callable[[str, int, np.ndarray], None] | None = None,
+        restart: tuple[str, ...] = (),
     ):
         from vla.resources import load_embodiment
 
@@ -145,7 +148,9 @@ class Graph:
             robot = ["--embodiment", robot_name]
             options = ["--policy", policy, *robot, "--threads", str(threads), *sim_time]
             self._commands["policy"] = ["ros_nodes.policy_node", *options]
-        self._watch, self._on_image = watch, on_image
+        self._watch, self._on_image, self._restart = watch, on_image, restart
+        self.restarts: list[tuple[float, str, int]] = []  # (monotonic seconds, node, exit code), see `restart`
+        self._running = False
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._participant: Participant | None = None
         self._changed = threading.Condition()
@@ -184,6 +189,7 @@ class Graph:
             ready[HEARTBEAT.topic] = "policy" if "policy" in self._commands else "sim"
             self._wait(lambda: all(topic in self._seen for topic in ready), START_TIMEOUT_S, "all nodes to speak")
             self._wait(lambda: self._reset.readers >= 1, START_TIMEOUT_S, "the simulator to listen")
+            self._running = True
         except BaseException:
             self.stop()
             raise
@@ -318,8 +324,12 @@ class Graph:
                 if condition():
                     return
                 self._changed.wait(0.1)
-            for name, process in self.processes.items():
+            for name, process in list(self.processes.items()):
                 if process.poll() is not None:
+                    if self._running and name in self._restart and len(self.restarts) < MAX_RESTARTS:
+                        self.restarts.append((time.monotonic(), name, process.returncode))
+                        self.launch(name)
+                        continue
                     raise TransportError(
                         f"the {name} node ended with code {process.returncode} while waiting for {what}: "
                         + self._last_words(name)

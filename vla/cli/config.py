@@ -29,7 +29,7 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     folder = Path(directory or config_dir()).resolve()
     if not (folder / f"{name}.yaml").is_file():
@@ -51,6 +51,9 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
                     _check_key(item, set(_paths(base)))
             config = hydra_compose(name, overrides=list(overrides))
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        raise ConfigError(explain(key, "a value", "none", f"It has no default: pass {key}=...")) from error
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         raise ConfigError(f"config {name!r}: {' '.join(str(error).split())}") from error
     finally:

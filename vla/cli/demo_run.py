@@ -47,13 +47,13 @@ class Run:
         self._began = time.monotonic()
         self._ended: float | None = None
         self._done: list[Episode] = []
-        self._events: list[Event] = []
+        self._marks: list[tuple[int, float]] = []  # graph time (ns) and seconds of the run, to convert the former
         self.interrupted = False
         watched = plan_cameras(plan.env)
         self.recorder = Recorder(watched, plan.out)
         self.graph = Graph(
             plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
-            watch=watched, on_image=self.recorder.on_image,
+            watch=watched, on_image=self.recorder.on_image, restart=("policy",),
         )  # fmt: skip
 
     def __enter__(self) -> Run:
@@ -69,19 +69,20 @@ class Run:
     def episodes(self) -> Iterator[Episode]:
         """Run them, one seed after the other; SimulationError when the simulator refuses a reset."""
         for index in range(self.plan.episodes):
-            start_s = self._now_s()
             self.recorder.begin(index)
             outcome = self.graph.run_episode(self.plan.seed + index)
             if outcome.error:
                 raise SimulationError(outcome.error)
             status = self.graph.sim_status()
-            self.recorder.end(
-                outcome.instruction, outcome.success, int(status.get("start_ns", 0)), int(status["stamp_ns"])
-            )
+            start_ns, end_ns, end_s = int(status.get("start_ns", 0)), int(status["stamp_ns"]), self._now_s()
+            self.recorder.end(outcome.instruction, outcome.success, start_ns, end_ns)
+            # Resetting takes its time: the motion began as long ago as it lasted, on the graph's own clock.
+            start_s = end_s - (end_ns - start_ns) / NS_PER_S / self._factor(status)
+            self._marks += [(start_ns, start_s), (end_ns, end_s)]
             note = "" if outcome.success or outcome.moved in (None, outcome.target) else f"moved the {outcome.moved}"
             episode = Episode(
                 index, outcome.seed, outcome.task or self.plan.task or "", outcome.instruction, outcome.success,
-                outcome.steps, start_s, self._now_s(), note,
+                outcome.steps, start_s, end_s, note,
             )  # fmt: skip
             self._done.append(episode)
             yield episode
@@ -89,8 +90,20 @@ class Run:
     def _now_s(self) -> float:
         return time.monotonic() - self._began
 
+    def _factor(self, status: dict[str, Any]) -> float:
+        return float(status.get("rtf") or 1.0) if self.graph.simulated_time else 1.0
+
+    def _seconds(self, stamps_ns: np.ndarray | list[int]) -> np.ndarray:
+        """Graph time to seconds of the run, between and beyond the starts and ends of the episodes."""
+        stamps = np.asarray(stamps_ns, np.float64)
+        if not self._marks:
+            return np.zeros(stamps.shape)
+        known_ns, known_s = np.array(self._marks, np.float64).T
+        out = np.interp(stamps, known_ns, known_s)
+        return np.where(stamps > known_ns[-1], known_s[-1] + (stamps - known_ns[-1]) / NS_PER_S, out)
+
     def record(self) -> RunRecord:
-        """Everything that was measured. Only after the context has ended: the nodes write their numbers at their end."""
+        """Everything that was measured. Only after the context: the nodes write their numbers at their end."""
         plan, robot = self.plan, self.graph.embodiment
         report = self.graph.report()
         stats = {name: _read(plan.out / "stats" / f"{name}.json") for name in ("sim", "policy", "command")}
@@ -113,23 +126,22 @@ class Run:
             dropped=_dropped(stats),
             peak_rss_mb=float(report.get("peak_rss_mb") or 0.0),
             rss_mb={name: float(s["peak_rss_mb"]) for name, s in stats.items() if "peak_rss_mb" in s},
-            events=list(self._events),
             real_time_factor=float(report.get("rtf") or 1.0),
             bundle_hash=_bundle_hash(plan.policy),
             interrupted=self.interrupted,
         )
         trace = self._trace()
         if trace is not None:
-            origin_ns = _origin_ns(trace)
-            offset_s = self._done[0].start_s if self._done else 0.0
             rows, inferences = slice(0, trace.rows), slice(0, trace.inferences)
-            times = (trace.tick_ns[rows] - origin_ns) / NS_PER_S + offset_s
-            record.commands = np.column_stack([times, trace.command[rows]])
-            starts = (trace.infer_start_ns[inferences] - origin_ns) / NS_PER_S + offset_s
+            record.commands = np.column_stack([self._seconds(trace.tick_ns[rows]), trace.command[rows]])
             if plan.policy != "expert":  # it answers inside the simulator: nobody measured how long it took
-                record.inference = np.column_stack([starts, trace.infer_ms[inferences]])
+                starts_s = self._seconds(trace.infer_start_ns[inferences])
+                record.inference = np.column_stack([starts_s, trace.infer_ms[inferences]])
             for stop in report.get("stops", []):
-                record.events.append(_stop_event(stop, origin_ns, offset_s))
+                record.events.append(Event(float(self._seconds([stop["stamp_ns"]])[0]), "gate", _words(stop)))
+        for at_s, node, code in self.graph.restarts:
+            how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            record.events.append(Event(at_s - self._began, node, f"process {how}, started again"))
         record.events.sort(key=lambda event: event.at_s)
         return record
 
@@ -175,15 +187,9 @@ def disposing(recorder: Recorder) -> Iterator[Callable[[], int]]:
         recorder.dispose()
 
 
-def _origin_ns(trace: Trace) -> int:
-    """The graph time that the first episode's first tick had."""
-    return int(trace.tick_ns[0]) if trace.rows else 0
-
-
-def _stop_event(stop: dict[str, Any], origin_ns: int, offset_s: float) -> Event:
-    silence = f" ({stop['silence_ms']:.0f} ms since the last heartbeat)" if stop.get("silence_ms") else ""
-    at_s = (int(stop["stamp_ns"]) - origin_ns) / NS_PER_S + offset_s
-    return Event(at_s, "gate", f"episode {int(stop['episode']) + 1}: stop, {stop['reason']}{silence}")
+def _words(stop: dict[str, Any]) -> str:
+    silence = f", {stop['silence_ms']:.0f} ms since the last heartbeat" if stop.get("silence_ms") else ""
+    return f"episode {int(stop['episode']) + 1}: stop, {stop['reason']}{silence}"
 
 
 def _dropped(stats: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -112,12 +112,16 @@ class RunRecord:
             "interrupted": self.interrupted,
             "wall_s": round(self.wall_s, 2),
             "real_time_factor": round(self.real_time_factor, 3),
-            "episodes": [asdict(episode) for episode in self.episodes],
+            "episodes": [_rounded(asdict(episode)) for episode in self.episodes],
             "gate_reasons": self.gate_reasons,
             "dropped_messages": self.dropped,
             "process_peak_rss_mb": {name: round(value, 1) for name, value in self.rss_mb.items()},
-            "events": [asdict(event) for event in self.events],
+            "events": [_rounded(asdict(event)) for event in self.events],
         }
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
