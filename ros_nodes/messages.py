@@ -449,5 +449,5 @@ def decode(type_name: str, buffer: bytes, distro: str = "jazzy") -> Message:
 def gid_size(distro: str) -> int:
     """Bytes of a graph GID: 24 up to Humble, 16 since."""
     _, fields = typestore(distro).fielddefs["rmw_dds_common/msg/Gid"]
-    (_, (_, (_, size))) = fields[0]
-    return int(size)
+    array: Any = fields[0][1]
+    return int(array[1][1])

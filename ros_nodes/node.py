@@ -87,12 +87,18 @@ Effects = Sequence[Effect]
 
 
 class NodeCore(Protocol):
-    """next_tick_ns: steady time at which `tick` wants to be called; read after every call."""
-
     name: str
-    subscriptions: Sequence[Endpoint]
-    publications: Sequence[Endpoint]
-    next_tick_ns: int
+
+    @property
+    def subscriptions(self) -> Sequence[Endpoint]: ...
+
+    @property
+    def publications(self) -> Sequence[Endpoint]: ...
+
+    @property
+    def next_tick_ns(self) -> int:
+        """Steady time at which `tick` wants to be called; read after every call."""
+        ...
 
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
         """now is the present, never earlier than that of the call before; now.received_ns is when the message came."""

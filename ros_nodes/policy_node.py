@@ -210,7 +210,8 @@ class PolicyCore:
         if request.episode != self._episode:
             self._policy.reset(request.seed)
             self._episode, self._previous = request.episode, None
-        previous, ids = None, ()
+        previous: ActionChunk | None = None
+        ids: tuple[int, ...] = ()
         if self._previous is not None and self._previous[0] == request.previous:
             last = self._previous[1]
             previous = ActionChunk(last.chunk.actions, request.previous_start_ns, last.chunk.period_s)

@@ -63,7 +63,7 @@ class Request:
             raise TransportError(
                 explain("request.v", VERSION, data.get("v"), "Run command and policy node of one release.")
             )
-        numbers = [_integer(data, key) for key in _KEYS]
+        numbers = {key: _integer(data, key) for key in _KEYS}
         raw = data.get("committed")
         committed = None
         if raw is not None:
@@ -77,7 +77,7 @@ class Request:
                 raise TransportError(
                     explain("request.committed", f"finite float32[C <= {MAX_COMMITTED}, A]", committed.shape, "Fix it.")
                 )
-        return cls(*numbers, committed)
+        return cls(**numbers, committed=committed)
 
 
 _KEYS = ("episode", "seed", "number", "start_ns", "infer_seed", "previous", "previous_start_ns", "executed")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import cyclonedds.idl.annotations as annotations
-import cyclonedds.idl.types as idl
+import cyclonedds.idl.types as idl_types
 from cyclonedds.idl import IdlStruct, make_idl_struct
+from cyclonedds.idl import annotations as idl_annotations
 from rosbags.interfaces import Nodetype
 
 from ros_nodes.messages import typestore
 from vla.errors import TransportError, nearest
 
+idl: Any = idl_types  # its generics are made by subscription at run time, which no type checker follows
 _BASE: dict[str, Any] = {
     "bool": bool, "byte": idl.uint8, "octet": idl.uint8, "char": idl.uint8,
     "int8": idl.int8, "uint8": idl.uint8, "int16": idl.int16, "uint16": idl.uint16,
@@ -35,7 +36,7 @@ def dds_type(type_name: str, distro: str = "jazzy") -> type[IdlStruct]:
     fields = {key: _field(kind, distro) for key, kind in definitions[type_name][1]}
     # IDL has no empty struct; rosidl puts this member into one.
     fields = fields or {"structure_needs_at_least_one_member": idl.uint8}
-    return annotations.final(make_idl_struct(f"{name}_", ".".join([*package, "dds_", f"{name}_"]), fields))
+    return idl_annotations.final(make_idl_struct(f"{name}_", ".".join([*package, "dds_", f"{name}_"]), fields))
 
 
 def _field(kind: Any, distro: str) -> Any:
