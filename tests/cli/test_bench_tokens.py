@@ -37,6 +37,8 @@ def test_two_arms_are_two_scenes():
     chunks = [[np.full((2, 1), 10 * i + j) for j in range(3 - i)] for i in range(2)]
     pairs = bench_tokens.side_by_side(chunks, 2)
     assert [pair[0].tolist() for pair in pairs] == [[0, 10], [1, 11], [10, 0], [11, 1]]
+    triple = [[np.full((2, 1), float(i))] for i in range(3)]
+    assert len(bench_tokens.side_by_side(triple, 2, partners=2)) == 6
 
 
 @pytest.mark.parametrize("arms", [1, 2])

@@ -31,6 +31,7 @@ FAST_PLUS_VARIABLE = "VLA_FAST_PLUS"
 # rate in Hz, dimensions -> compression ratio in the paper (BridgeV2, DROID, table bussing, T-shirt folding)
 PAPER_RATIO = {(5, 7): 1.75, (15, 7): 3.6, (20, 7): 5.0, (50, 14): 13.2}
 _STARTS_PER_CHUNK = 5  # how densely fitting episodes are cut into overlapping chunks
+_PARTNERS = 4  # with how many other episodes each fitting episode is paired: two arms have more to learn
 _SEARCH_FACTOR = 3  # attempts per wanted episode before the expert is called broken at a rate
 
 
@@ -170,7 +171,7 @@ def measure(
 ) -> list[Row]:
     """Rows of all tokenizers for chunks of one second, one arm or two side by side."""
     normalizer = side_by_side_normalizer(arm.fit, arms)
-    fit = side_by_side(cut(arm.fit, rate_hz, max(1, rate_hz // _STARTS_PER_CHUNK)), arms)
+    fit = side_by_side(cut(arm.fit, rate_hz, max(1, rate_hz // _STARTS_PER_CHUNK)), arms, _PARTNERS)
     test = side_by_side(cut(arm.test, rate_hz, rate_hz), arms)
     tokenizers: dict[str, ActionTokenizer] = {"bins": BinTokenizer()}
     if fast_plus is not None:
@@ -225,12 +226,15 @@ def cut(episodes: Sequence[np.ndarray], horizon: int, stride: int) -> list[list[
     ]
 
 
-def side_by_side(chunks: Sequence[Sequence[np.ndarray]], arms: int) -> list[np.ndarray]:
-    """One arm: all chunks. Two: chunk i of each episode beside chunk i of the next episode, which is another scene."""
+def side_by_side(chunks: Sequence[Sequence[np.ndarray]], arms: int, partners: int = 1) -> list[np.ndarray]:
+    """One arm: all chunks. Two: chunk i of each episode beside chunk i of each of the next `partners` episodes."""
     if arms == 1:
         return [chunk for episode in chunks for chunk in episode]
-    rolled = [*chunks[1:], chunks[0]]
-    return [np.concatenate(both, axis=1) for left, right in zip(chunks, rolled) for both in zip(left, right)]
+    pairs = []
+    for step in range(1, partners + 1):
+        rolled = [*chunks[step:], *chunks[:step]]
+        pairs += [both for left, right in zip(chunks, rolled) for both in zip(left, right)]
+    return [np.concatenate(both, axis=1) for both in pairs]
 
 
 def side_by_side_normalizer(episodes: Sequence[np.ndarray], arms: int) -> Normalizer:
