@@ -60,9 +60,7 @@ class VlaPolicy:
         self.infer_batch([Observation(images, state, "warm up", 0)], [InferContext()])
 
     @torch.inference_mode()
-    def infer_batch(
-        self, observations: Sequence[Observation], contexts: Sequence[InferContext]
-    ) -> list[InferResult]:
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         """One InferResult per observation; ObservationError names what does not fit the bundle."""
         started = time.perf_counter()
         config, bundle = self.bundle.config, self.bundle

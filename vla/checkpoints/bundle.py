@@ -83,7 +83,9 @@ class Bundle:
         for camera in config.cameras:
             if camera.name not in self.embodiment.camera_names:
                 raise BundleError(
-                    explain(f"camera {camera.name!r}", "one of the embodiment's", self.embodiment.camera_names, "Retrain.")
+                    explain(
+                        f"camera {camera.name!r}", "one of the embodiment's", self.embodiment.camera_names, "Retrain."
+                    )
                 )
         return self
 
@@ -141,7 +143,9 @@ def read_content(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BundleError(explain(str(marker), "a mapping", type(content).__name__, "Copy the bundle again."))
     if content.get("family") not in FAMILIES:
-        raise BundleError(f"{marker}: unknown family {content.get('family')!r}. {nearest(str(content.get('family')), FAMILIES)}")
+        raise BundleError(
+            f"{marker}: unknown family {content.get('family')!r}. {nearest(str(content.get('family')), FAMILIES)}"
+        )
     if content.get("format_version") != FORMAT_VERSION:
         raise BundleError(
             explain(f"{marker}: format_version", FORMAT_VERSION, content.get("format_version"), "Update vla-stack.")

@@ -14,7 +14,7 @@ import numpy as np
 from vla.data.statistics import FeatureStats
 from vla.errors import StatisticsError, explain
 
-# A dimension that moves less than this (rad, m, or a share of 1) is constant: dividing by its range would blow up noise.
+# A dimension that moves less than this (rad, m) is constant: dividing by its range would blow up noise.
 MIN_RANGE = 1e-4
 
 
@@ -65,7 +65,10 @@ class Normalizer:
         if values.shape[-1] != self.dim:
             raise StatisticsError(
                 explain(
-                    "normalisation", f"{self.dim} dimensions", values.shape[-1], "Use the statistics of this embodiment."
+                    "normalisation",
+                    f"{self.dim} dimensions",
+                    values.shape[-1],
+                    "Use the statistics of this embodiment.",
                 )
             )
 
@@ -77,6 +80,8 @@ class Normalizer:
         missing = [name for name in ("q01", "q99", "center") if name not in data]
         if missing:
             raise StatisticsError(
-                explain("normalisation", "q01, q99 and center", f"no {missing}", "The bundle is damaged; export it again.")
+                explain(
+                    "normalisation", "q01, q99 and center", f"no {missing}", "The bundle is damaged; export it again."
+                )
             )
         return cls(*(np.asarray(data[name], np.float64) for name in ("q01", "q99", "center")))

@@ -68,7 +68,6 @@ class ExpertLayer(nn.Module):
     def __init__(self, expert: ExpertConfig, config: TransformerConfig):
         super().__init__()
         inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.split = (inner, kv, kv)
         self.attention_norm = RMSNorm(expert.width, config.norm_eps, expert.condition_width)
         self.qkv = nn.Linear(expert.width, inner + 2 * kv, bias=False)
         self.out = nn.Linear(inner, expert.width, bias=False)
@@ -117,9 +116,10 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for int positions [B, Q]: [B, 1, Q, head_dim / 2]."""
+        """cos, and sin with the sign of the first half flipped, for int positions [B, Q]: [B, 1, Q, head_dim]."""
         angles = positions[:, None, :, None].float() * self.frequencies
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def forward(
         self,
@@ -138,38 +138,33 @@ class Transformer(nn.Module):
         this write (see KVCache.write); None means every query sees every key. cache, write_index: where the Q new
         entries go. layers: default all. condition: [B, C] for experts with adaptive norms.
         """
-        present = [(i, x) for i, x in enumerate(streams) if x is not None]
-        sizes = [x.shape[1] for _, x in present]
+        present = [i for i, x in enumerate(streams) if x is not None]
+        hidden = [x for x in streams if x is not None]
+        sizes = [x.shape[1] for x in hidden]
         cos, sin = self.rotary(positions)
-        attention_mask = None if mask is None else mask[:, None]
-        hidden = [x for _, x in present]
+        bias = None if mask is None else self._bias(mask, hidden[0])
         for index in range(self.config.depth) if layers is None else layers:
             layer = self.layers[index]
-            queries, keys, values, gates = [], [], [], []
-            for (expert, _), x in zip(present, hidden):
+            projected, gates = [], []
+            for expert, x in zip(present, hidden):
                 normed, gate = layer[expert].attention_norm(x, condition)
-                q, k, v = layer[expert].qkv(normed).split(layer[expert].split, dim=-1)
-                queries.append(q)
-                keys.append(k)
-                values.append(v)
+                projected.append(layer[expert].qkv(normed))
                 gates.append(gate)
-            q = _rotate(self._heads(_join(queries)), cos, sin)
-            k = _rotate(self._heads(_join(keys)), cos, sin)
-            v = self._heads(_join(values))
+            joined = projected[0] if len(projected) == 1 else torch.cat(projected, dim=1)
+            heads = joined.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, heads + 2 kv, Q, head_dim]
+            turned = rotate(heads[:, : -self.config.kv_heads], cos, sin)
+            q, k = turned[:, : self.config.heads], turned[:, self.config.heads :]
+            v = heads[:, -self.config.kv_heads :]
             if cache is not None:
                 k, v = cache.write(index, k, v, write_index)
-            if k.dtype != q.dtype:
-                k, v = k.to(q.dtype), v.to(q.dtype)
-            mixed = attend(q, k, v, attention_mask).transpose(1, 2).flatten(2)  # [B, Q, heads * head_dim]
+            mixed = attend(q, k, v, bias).transpose(1, 2).flatten(2)  # [B, Q, heads * head_dim]
             parts = mixed.split(sizes, dim=1) if len(sizes) > 1 else (mixed,)
-            for slot, ((expert, _), part) in enumerate(zip(present, parts)):
+            for slot, (expert, part) in enumerate(zip(present, parts)):
                 update = layer[expert].out(part)
                 gate = gates[slot]
-                hidden[slot] = layer[expert].mlp(
-                    hidden[slot] + (update if gate is None else update * gate), condition
-                )
+                hidden[slot] = layer[expert].mlp(hidden[slot] + (update if gate is None else update * gate), condition)
         out: list[Tensor | None] = [None] * len(self.config.experts)
-        for (expert, _), x in zip(present, hidden):
+        for expert, x in zip(present, hidden):
             out[expert] = x
         return out
 
@@ -177,35 +172,43 @@ class Transformer(nn.Module):
         """Final norm of one expert's stream, before a head."""
         return self.final_norms[expert](x, condition)[0]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, heads, Q, head_dim]
+    def _bias(self, mask: Tensor, like: Tensor) -> Tensor:
+        """bool[B, Q, K] -> the additive mask that `attend` takes on this device, made once for all layers."""
+        zeros = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device)
+        bias = zeros.masked_fill_(~mask, -torch.inf)
+        if like.device.type != "cpu":
+            return bias[:, None]
+        groups = self.config.heads // self.config.kv_heads
+        if mask.shape[:2] == (1, 1):
+            return bias  # broadcasts by itself: the path of cached decoding
+        batch, count, keys = mask.shape
+        shape = (batch, self.config.kv_heads, groups, count, keys)
+        return bias[:, None, None].expand(shape).reshape(batch * self.config.kv_heads, groups * count, keys)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped attention: q [B, heads, Q, d], k and v [B, kv_heads, K, d], mask bool [B, 1, Q, K] -> [B, heads, Q, d].
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Grouped attention: q [B, heads, Q, d], k and v [B, kv_heads, K, d] -> [B, heads, Q, d].
 
-    On a CPU the fused kernel's backward pass is several times slower than plain products at these sizes, so that
-    path is written out; query heads of one group are folded into rows, and no key is copied.
+    On a CPU the fused kernel's backward pass is several times slower than plain products at these sizes, and its call
+    costs more than three small ones, so that path is written out: query heads of one group are folded into rows, and
+    no key is copied.
     """
+    if k.dtype != q.dtype:
+        k, v = k.to(q.dtype), v.to(q.dtype)
     groups = q.shape[1] // k.shape[1]
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=groups > 1)
     batch, heads, count, width = q.shape
-    folded = q.reshape(batch * k.shape[1], groups * count, width)
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(width**-0.5)  # [B * kv_heads, groups * Q, K]
-    if mask is not None:
-        shape = (batch, k.shape[1], groups, count, k.shape[2])
-        scores = scores.view(shape).masked_fill(~mask[:, :, None], -torch.inf).view(scores.shape)
-    weights = torch.softmax(scores.float(), dim=-1).to(values.dtype)
+    rows = q.reshape(batch * k.shape[1], groups * count, width)
+    keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
+    if bias is None:
+        scores = torch.bmm(rows, keys) * width**-0.5
+    else:
+        scores = torch.baddbmm(bias, rows, keys, alpha=width**-0.5)  # [B * kv_heads, groups * Q, K]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
     return torch.bmm(weights, values).view(batch, heads, count, width)
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split layout (the layout of Llama and Gemma checkpoints in transformers)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, half-split layout (that of Llama and Gemma checkpoints in transformers); sin is signed."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)

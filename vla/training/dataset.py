@@ -79,7 +79,9 @@ class TrainingData:
             lists += [tokenizer.encode(chunk) for chunk in self.chunks(frames[start : start + 4096])]
         self.longest = max(map(len, lists))
         self.mean_tokens = float(np.mean([len(ids) for ids in lists]))
-        self._tokens = np.full((len(lists), self.longest), IGNORE, np.int16 if tokenizer.vocab_size < 2**15 else np.int32)
+        self._tokens = np.full(
+            (len(lists), self.longest), IGNORE, np.int16 if tokenizer.vocab_size < 2**15 else np.int32
+        )
         for row, ids in zip(self._tokens, lists):
             row[: len(ids)] = ids
         self._text, self._text_valid = text_tokenizer.encode_padded(list(self.dataset.tasks))

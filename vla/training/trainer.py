@@ -172,9 +172,8 @@ class Trainer:
         if recipe.kind != "fast":
             raise ConfigError(explain("tokenizer.kind", "fast, bins or fast_file", recipe.kind, "Choose one of them."))
         frames = self.data.train_frames
-        # A fixed sample is enough to learn merges, and the range must cover every chunk that will be encoded.
-        return FastTokenizer.fit(self.data.chunks(np.arange(len(self.data.dataset))), recipe.vocab_size, recipe.scale) \
-            if len(frames) < 200_000 else FastTokenizer.fit(self.data.chunks(frames[::4]), recipe.vocab_size, recipe.scale)
+        sample = frames[:: max(1, len(frames) // 100_000)]  # enough to learn merges from, and it bounds the memory
+        return FastTokenizer.fit(self.data.chunks(sample), recipe.vocab_size, recipe.scale)
 
     def _model_config(self) -> ModelConfig:
         recipe, embodiment = self.config.model, self.data.embodiment
