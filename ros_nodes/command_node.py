@@ -223,6 +223,9 @@ class CommandCore:
         self._slots.skipped = 0
         self._phase, self._last_ns = "running", now.stamp_ns
 
+    def _start_ns(self) -> int:
+        return 0 if self._episode is None else int(self._episode["start_ns"])
+
     def _finish(self, success: bool, steps: int, task: str, now: Now) -> None:
         if self._episode is not None and self._phase == "running" and self._loop.trace is not None:
             seed, words = self._episode["seed"], self._episode["instruction"]
@@ -238,7 +241,8 @@ class CommandCore:
         if self._reports.due(now.steady_ns):
             effects += [self._status(now), self._diagnostics(now)]
         # Woken at the next control period, and often enough in between to notice silence.
-        to_slot = self._slots.next_ns - now.stamp_ns if self._phase == "running" else POLL_NS
+        next_ns = {"running": self._slots.next_ns, "armed": self._start_ns()}.get(self._phase, now.stamp_ns + POLL_NS)
+        to_slot = next_ns - now.stamp_ns
         self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
         return effects
 

@@ -238,7 +238,7 @@ class Graph:
     def run_episode(self, seed: int, timeout_s: float | None = None, **options: Any) -> Outcome:
         """Reset with `seed` and `options` (task, instruction, swap, goal), wait until it ends. TransportError when a
         node dies or the episode takes far longer than it may."""
-        episode = self._begin(seed, options)
+        episode = self.begin(seed, **options)
         begin = time.monotonic()
         limit = timeout_s or 600.0
         self._wait(lambda: self._is_over(episode), limit, f"episode {episode} to end")
@@ -260,7 +260,8 @@ class Graph:
         self.outcomes.append(outcome)
         return outcome
 
-    def _begin(self, seed: int, options: dict[str, Any]) -> int:
+    def begin(self, seed: int, **options: Any) -> int:
+        """Reset the simulator and return at once; the number of the episode."""
         self._episode += 1
         send(self._reset, Text.of(episode=self._episode, seed=seed, **options))
         return self._episode
@@ -289,6 +290,10 @@ class Graph:
         """The policy's last heartbeat."""
         message = self._seen.get(HEARTBEAT.topic, (0, None))[1]
         return message if isinstance(message, Status) else None
+
+    def heard_ns(self, topic: str) -> int:
+        """When the last message of `topic` came, on the monotonic clock; 0 for never."""
+        return self._seen[topic][0] if topic in self._seen else 0
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until `condition()`; TransportError when it does not come true, or a node dies."""
