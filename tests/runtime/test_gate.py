@@ -100,6 +100,19 @@ def test_the_gripper_slews_without_alarm_and_without_slowing_the_arm():
     assert decision.values[3] == pytest.approx(0.08, abs=1e-4)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_joint_reaches_its_speed_limit_and_no_more(sign):
+    for joint, limit in enumerate((1.0, 2.0, 0.5)):
+        start = [0.0, -0.5, 1.5, 0.04]
+        drive, push = Drive(arm("ee_delta"), start=start), np.zeros(4)
+        push[joint] = sign
+        speeds = []
+        for _ in range(12):
+            drive.step(drive.gate.command + push)
+            speeds.append(sign * drive.gate.velocity[joint])
+        assert max(speeds) == pytest.approx(limit, rel=1e-9)
+
+
 def test_position_limits_are_kept_and_named():
     drive = Drive()
     for _ in range(60):
