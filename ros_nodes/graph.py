@@ -49,7 +49,7 @@ STOP_TIMEOUT_S = 15.0
 MAX_RESTARTS = 5
 _ROOT = Path(__file__).resolve().parent.parent
 _SAMPLE_S = 0.5
-_PRIORITY = 10
+_PRIORITY = {"command": 30, "sim": 20, "policy": 20}  # inference itself runs at half of its process's
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Graph:
             )  # fmt: skip
         if self._realtime and hasattr(os, "sched_setscheduler"):
             with contextlib.suppress(OSError):  # threads of the node inherit it, as none is running yet
-                os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY))
+                os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY[name]))
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after a while. Safe to call twice."""

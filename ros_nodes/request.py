@@ -71,7 +71,7 @@ class Request:
                 committed = np.array(raw, np.float32)
             except (TypeError, ValueError) as error:
                 raise TransportError(
-                    explain("request.committed", "rows of numbers", str(raw)[:40], "See docs.")
+                    explain("request.committed", "rows of numbers", str(raw)[:40], "Rows must be equally long.")
                 ) from error
             if committed.ndim != 2 or len(committed) > MAX_COMMITTED or not np.all(np.isfinite(committed)):
                 raise TransportError(

@@ -44,8 +44,10 @@ from ros_nodes.node import (
     SENSOR,
     SIM_STATUS,
     STATE_VECTOR,
+    Effect,
     Effects,
     Endpoint,
+    Job,
     Now,
     Periodic,
     Send,
@@ -58,6 +60,7 @@ from vla.types import NS_PER_S, ActionChunk, Command, ControlMode, Observation
 SLICE_S = 0.01
 MAX_CATCH_UP = 5  # slices run at once after a delay; beyond it the arm loses time, which is counted
 SETTLE_NS = 100_000_000  # after a reset: commands meant for the last episode may still be on their way
+STEP_GAP_NS = 15_000_000
 STATUS_PERIOD_NS = 500_000_000
 _RESET_KEYS = ("episode", "seed", "task", "instruction", "swap", "goal", "init_state")
 _RESULT_KEYS = ("moved", "object", "family")
@@ -109,12 +112,16 @@ class SimCore:
         self._status: dict[str, Any] = {"state": "idle", "episode": -1}
         self._steps = self._received = self._refused = self._chunks = 0
         self._request: Request | None = None  # to the expert
+        self._wanted: dict[str, Any] = {}
+        self._next_reset: Text | None = None
+        self._busy = False  # the environment is in the hands of the worker thread
         self._started: tuple[int, int] | None = None  # (stamp, steady) of the first slice, for the measured factor
         self._elapsed = (0, 0)
 
     @property
     def next_tick_ns(self) -> int:
-        return self._slices.next_ns
+        wanted = [self._reports.next_ns] if self._busy else [self._reports.next_ns, self._slices.next_ns]
+        return min([*wanted, self._beat.next_ns] if self._expert is not None else wanted)
 
     # ---- messages in ----
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
@@ -131,7 +138,23 @@ class SimCore:
         return ()
 
     def on_result(self, name: str, value: Any, now: Now) -> Effects:
-        return ()
+        """A step or a reset of an environment that is too slow for this thread has ended."""
+        self._busy = False
+        if isinstance(value, Exception) and not isinstance(value, VlaError):
+            raise value  # a broken simulator: end with its traceback rather than pretend
+        if name == "reset":
+            effects = self._began(value, now)
+        else:
+            self._observation, self._info = (
+                value if not isinstance(value, Exception) else (self._observation, self._info)
+            )
+            effects = self._publish()
+            # What was just published gets through before the next step; simulated time stands meanwhile.
+            self._slices.next_ns = max(self._slices.next_ns, now.steady_ns + STEP_GAP_NS)
+        if self._next_reset is None:
+            return effects
+        message, self._next_reset = self._next_reset, None
+        return (*effects, *self._on_reset(message, now))
 
     def _on_command(self, values: np.ndarray) -> None:
         self._received += 1
@@ -143,23 +166,44 @@ class SimCore:
         self._commands.append(values)
 
     def _on_reset(self, message: Text, now: Now) -> Effects:
+        if self._busy:
+            self._next_reset = message
+            return ()
         try:
-            wanted = message.object()
-            episode, seed = _integer(wanted, "episode"), _integer(wanted, "seed")
-            for key in wanted:
+            self._wanted = message.object()
+            self._wanted["episode"], seed = _integer(self._wanted, "episode"), _integer(self._wanted, "seed")
+            for key in self._wanted:
                 if key not in _RESET_KEYS:
                     raise TransportError(f"{RESET.topic}: unknown key {key!r}. {nearest(key, _RESET_KEYS)}")
-            options = {k: wanted[k] for k in _RESET_KEYS[2:] if wanted.get(k) is not None}
-            self._observation, self._info = self._env.reset(seed=seed, options=options)
-            if self._expert is not None:
-                self._expert.reset()
+        except TransportError as error:
+            return self._began(error, now)
+        options = {k: self._wanted[k] for k in _RESET_KEYS[2:] if self._wanted.get(k) is not None}
+        if not self._sliced:
+            self._busy = True
+            return (Job("reset", lambda: self._reset(seed, options)),)
+        try:
+            value: Any = self._reset(seed, options)
         except VlaError as error:
-            number = wanted.get("episode", -1) if "wanted" in locals() else -1
-            self._status = {"state": "error", "episode": number, "error": str(error)}
+            value = error
+        return self._began(value, now)
+
+    def _reset(self, seed: int, options: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        observation, info = self._env.reset(seed=seed, options=options)
+        if self._expert is not None:
+            self._expert.reset()
+        return observation, info
+
+    def _began(self, value: Any, now: Now) -> Effects:
+        """The environment stands at the start of the episode, or says (an exception) why it does not."""
+        episode, seed = self._wanted.get("episode", -1), self._wanted.get("seed", -1)
+        if isinstance(value, Exception):
+            self._status = {"state": "error", "episode": episode, "error": str(value)}
             return (self._report(),)
+        self._observation, self._info = value
         self._commands.clear()
         self._steps = 0
-        self._stamp(now)
+        if self._stamp_ns == 0:
+            self._stamp_ns = now.stamp_ns
         # The episode starts on the image grid: control ticks and pictures then share their times, as in process.
         control_ns = self._per_control * self._slice_ns
         to_grid = -self._count % self._per_control * self._slice_ns
@@ -183,7 +227,7 @@ class SimCore:
     def _answer(self) -> list[Send]:
         """The expert's one action for the state as it is now, once that is as new as the request asks for."""
         request = self._request
-        if request is None or self._stamp_ns < request.start_ns:
+        if request is None or self._busy or self._stamp_ns < request.start_ns:
             return []
         self._request = None
         if request.episode != self._status["episode"] or self._status["state"] != "running":
@@ -196,55 +240,64 @@ class SimCore:
 
     # ---- time ----
     def tick(self, now: Now) -> Effects:
-        count = self._slices.due(now.steady_ns)
         if self._stamp_ns == 0:
             self._stamp_ns = now.stamp_ns - self._slice_ns
-        effects: list[Send] = []
-        for _ in range(min(count, MAX_CATCH_UP) if not self.simulated_time else min(count, 1)):
-            effects += self._slice()
-        if not self.simulated_time:
-            # What could not be caught up is lost to the physics but not to the clock: stamps keep to wall time.
-            lost = max(0, count - MAX_CATCH_UP)
-            self._stamp_ns += lost * self._slice_ns
-            self._count += lost
+        effects: list[Effect] = []
+        if self._expert is not None and self._beat.due(now.steady_ns):
+            numbers = {"chunks": str(self._chunks), "queue": "0"}
+            effects.append(Send(HEARTBEAT.topic, Status(OK, "expert", "ready", numbers, self._robot.name)))
+        if not self._busy:
+            count = self._slices.due(now.steady_ns)
+            effects += self._advance_slices(count) if self._sliced else self._begin_step() if count else ()
         if self._started is None:
             self._started = (self._stamp_ns, now.steady_ns)
         self._elapsed = (self._stamp_ns - self._started[0], now.steady_ns - self._started[1])
         if self._reports.due(now.steady_ns):
             effects.append(self._report())
-        if self._expert is not None and self._beat.due(now.steady_ns):
-            numbers = {"chunks": str(self._chunks), "queue": "0"}
-            effects.append(Send(HEARTBEAT.topic, Status(OK, "expert", "ready", numbers, self._robot.name)))
         return effects
 
-    def _stamp(self, now: Now) -> None:
-        if self._stamp_ns == 0:
-            self._stamp_ns = now.stamp_ns
+    def _advance_slices(self, count: int) -> list[Send]:
+        effects: list[Send] = []
+        for _ in range(min(count, MAX_CATCH_UP)):
+            values = self._commands.popleft() if self._commands else None
+            command = None if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
+            self._env.advance(command, self._slice_s)
+            effects += self._publish()
+        if not self.simulated_time:
+            # What could not be caught up is lost to the physics but not to the clock: stamps keep to wall time.
+            lost = max(0, count - MAX_CATCH_UP)
+            self._stamp_ns += lost * self._slice_ns
+            self._count += lost
+        return effects
 
-    def _slice(self) -> list[Send]:
+    def _begin_step(self) -> Effects:
+        """One control period of a slow environment, pictures included, on the worker thread: it also owns the GL
+        context, and this thread goes on to listen and to give signs of life."""
+        if self._status["state"] != "running":
+            return self._publish(pictures=False)
+        values = self._commands.popleft() if self._commands else None
+        command = self._robot.stop() if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
+        self._busy = True
+        return (Job("step", lambda: self._step(command)),)
+
+    def _step(self, command: Command) -> tuple[Observation, dict[str, Any]]:
+        observation, _, _, _, info = self._env.step(command)
+        for camera in self._robot.camera_names:
+            observation.images[camera]  # rendered now, while this thread has the environment
+        return observation, info
+
+    def _publish(self, pictures: bool = True) -> list[Send]:
+        """Everything that a slice makes known."""
         self._stamp_ns += self._slice_ns
         self._count += 1
-        self._advance()
         effects = [Send(CLOCK.topic, Clock(self._stamp_ns)), *self._answer()]
         names, positions, velocities = self._env.joint_state()
         effects.append(Send(JOINT_STATES.topic, JointState(self._stamp_ns, tuple(names), positions, velocities)))
         if self._count % self._per_control == 0:
-            effects += self._sensors()
-            effects += self._progress()
+            effects += self._sensors(pictures) + self._progress()
         return effects
 
-    def _advance(self) -> None:
-        values = self._commands.popleft() if self._commands else None
-        if self._sliced:
-            command = None if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
-            self._env.advance(command, self._slice_s)
-        elif self._status["state"] == "running":
-            command = (
-                self._robot.stop() if values is None else Command(self._robot.control_mode, values, self._stamp_ns)
-            )
-            self._observation, _, _, _, self._info = self._env.step(command)
-
-    def _sensors(self) -> list[Send]:
+    def _sensors(self, pictures: bool) -> list[Send]:
         if self._sliced:
             self._observation = self._env.observe()
         observation: Observation = self._observation
@@ -252,7 +305,7 @@ class SimCore:
         if self._robot.control_mode is ControlMode.OSC_DELTA:
             state = JointState(self._stamp_ns, self._robot.state_names, observation.state.astype(np.float64))
             out.append(Send(STATE_VECTOR.topic, state))
-        for camera in self._robot.cameras:
+        for camera in self._robot.cameras if pictures else ():
             out.append(Send(camera.topic, Image(self._stamp_ns, camera.name, "rgb8", observation.images[camera.name])))
         return out
 

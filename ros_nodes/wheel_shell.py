@@ -161,6 +161,7 @@ class WheelShell:
         return receive
 
     def _work(self) -> None:
+        _yield_to_other_threads()
         while (job := self._jobs.get()) is not None:
             try:
                 value = job.run()
@@ -198,6 +199,13 @@ class WheelShell:
         part = self._stats_path.with_name(self._stats_path.name + ".part")
         part.write_text(json.dumps(self.stats(), indent=1))
         part.replace(self._stats_path)
+
+
+def _yield_to_other_threads() -> None:
+    """Under real-time scheduling, let this thread be preempted by those that receive and answer."""
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO):
+        priority = os.sched_getparam(0).sched_priority
+        os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_param(max(1, priority // 2)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,256 @@
+"""The policy core, driven by plain calls: what it accepts, what it refuses, and what its heartbeat says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policies.hold import HoldPolicy
+from ros_nodes import messages as m
+from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
+from ros_nodes.policy_node import PolicyCore
+from ros_nodes.request import ChunkId, Request
+from vla.errors import TransportError
+from vla.policy import InferContext, InferResult
+from vla.resources import load_embodiment
+from vla.types import ActionChunk, Observation
+
+ROBOT = load_embodiment("tabletop")
+AGENT, WRIST = (camera.topic for camera in ROBOT.cameras)
+T0 = 1_000_000_000_000
+PERIOD = 50_000_000
+
+
+class Recording(HoldPolicy):
+    """Holds, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(ROBOT, horizon=4)
+        self.seen: list[tuple[Observation, InferContext]] = []
+        self.seeds: list[int] = []
+        self.fail: Exception | None = None
+
+    def reset(self, seed: int) -> None:
+        self.seeds.append(seed)
+
+    def infer_batch(self, observations: Any, contexts: Any) -> list[InferResult]:
+        if self.fail is not None:
+            raise self.fail
+        self.seen += zip(observations, contexts)
+        return super().infer_batch(observations, contexts)
+
+
+class Driver:
+    """A shell without threads: jobs run at once, time moves when told."""
+
+    def __init__(self, **options: Any) -> None:
+        self.policy = Recording()
+        self.core = PolicyCore(self.policy, lambda q: q[:7].astype(np.float32), **options)
+        self.time_ns = 0
+        self.sent: list[Send] = []
+        self.run_jobs = True
+
+    def now(self) -> Now:
+        return Now(T0 + self.time_ns, self.time_ns, self.time_ns)
+
+    def perform(self, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.sent.append(effect)
+            elif isinstance(effect, Job) and self.run_jobs:
+                try:
+                    value = effect.run()
+                except Exception as error:
+                    value = error
+                self.perform(self.core.on_result(effect.name, value, self.now()))
+
+    def give(self, topic: str, message: m.Message) -> None:
+        self.perform(self.core.on_message(topic, message, self.now()))
+
+    def frame(self, topic: str = AGENT, stamp_ns: int = 0, size: int = 128, encoding: str = "rgb8") -> None:
+        pixels = np.full((size, size, m.CHANNELS[encoding]), 7, np.uint8)
+        self.give(topic, m.Image(T0 + stamp_ns, "cam", encoding, pixels))
+
+    def joints(self, stamp_ns: int = 0, names: Any = ROBOT.command_names, positions: Any = None) -> None:
+        values = np.arange(len(names), dtype=np.float64) if positions is None else positions
+        self.give(JOINT_STATES.topic, m.JointState(T0 + stamp_ns, tuple(names), values))
+
+    def sensors(self, stamp_ns: int = 0) -> None:
+        self.joints(stamp_ns)
+        self.frame(AGENT, stamp_ns)
+        self.frame(WRIST, stamp_ns)
+
+    def ask(self, number: int = 0, episode: int = 0, start_ns: int = 0, **more: Any) -> None:
+        self.give(REQUEST.topic, Request(episode, 11, number, T0 + start_ns, **more).text())
+
+    def ready(self) -> Driver:
+        self.give(INSTRUCTION.topic, m.Text("push the red cube"))
+        self.sensors()
+        return self
+
+    @property
+    def chunks(self) -> list[m.Trajectory]:
+        return [s.message for s in self.sent if s.topic == CHUNK.topic]  # type: ignore[misc]
+
+    def beat(self) -> m.Status | None:
+        before = len(self.sent)
+        self.time_ns += PERIOD
+        self.perform(self.core.tick(self.now()))
+        beats = [s.message for s in self.sent[before:] if s.topic == HEARTBEAT.topic]
+        return beats[0] if beats else None  # type: ignore[return-value]
+
+
+def test_a_request_is_answered_with_the_synchronised_observation() -> None:
+    driver = Driver().ready()
+    driver.ask(number=3, episode=5)
+    (chunk,) = driver.chunks
+    observation, context = driver.policy.seen[0]
+    assert chunk.stamp_ns == observation.stamp_ns == context.start_ns == T0
+    assert chunk.names == ROBOT.action_names and chunk.positions.shape == (4, 7)
+    assert ChunkId.read(chunk.frame_id).episode == 5 and ChunkId.read(chunk.frame_id).request == 3
+    assert observation.instruction == "push the red cube" and set(observation.images) == {"agentview", "wrist"}
+    assert np.array_equal(observation.state, np.arange(7, dtype=np.float32))
+    beat = driver.beat()
+    assert beat is not None and beat.level == m.OK and beat.values["chunks"] == "1" and "latency_ms_p99" in beat.values
+
+
+def test_joints_are_matched_by_name() -> None:
+    driver = Driver()
+    driver.give(INSTRUCTION.topic, m.Text("push"))
+    names = ("wheel", *reversed(ROBOT.command_names))
+    driver.joints(names=names, positions=np.arange(9.0))
+    driver.frame(AGENT)
+    driver.frame(WRIST)
+    driver.ask()
+    assert np.array_equal(driver.policy.seen[0][0].state, np.arange(8, 1, -1, dtype=np.float32))
+
+
+def test_it_waits_for_sensors_as_new_as_asked_for() -> None:
+    driver = Driver().ready()
+    driver.ask(start_ns=PERIOD // 2)
+    assert not driver.chunks
+    driver.time_ns = PERIOD
+    driver.sensors(PERIOD)
+    assert [c.stamp_ns for c in driver.chunks] == [T0 + PERIOD]
+
+
+def test_stamps_further_apart_than_the_slop_make_no_observation() -> None:
+    driver = Driver(slop_s=0.02)
+    driver.give(INSTRUCTION.topic, m.Text("push"))
+    driver.joints(0)
+    driver.frame(AGENT, 0)
+    driver.frame(WRIST, 21_000_000)
+    driver.ask()
+    assert not driver.chunks
+    driver.frame(WRIST, 20_000_000)
+    assert len(driver.chunks) == 1
+
+
+def test_the_context_carries_what_was_executed() -> None:
+    driver = Driver().ready()
+    driver.ask(number=0)
+    committed = np.array([[0.1] * 7, [0.2] * 7], np.float32)
+    driver.ask(number=1, previous=0, previous_start_ns=T0 - 5, executed=6, committed=committed, infer_seed=99)
+    context = driver.policy.seen[1][1]
+    assert context.previous is not None and context.previous.start_ns == T0 - 5
+    assert (context.executed, context.seed) == (6, 99) and np.array_equal(context.committed, committed)
+    assert driver.policy.seeds == [11]
+    driver.ask(number=0, episode=1, previous=1)  # a new episode forgets
+    assert driver.policy.seen[2][1].previous is None and driver.policy.seeds == [11, 11]
+
+
+BAD = {
+    "wrong size": (lambda d: d.frame(AGENT, size=64), "expected 128x128, got 64x64"),
+    "NaN": (lambda d: d.joints(positions=np.full(8, np.nan)), "NaN or infinity in"),
+    "missing joint": (lambda d: d.joints(names=ROBOT.command_names[:-1]), "missing ['gripper']"),
+    "empty instruction": (lambda d: d.give(INSTRUCTION.topic, m.Text("  ")), "empty text"),
+    "long instruction": (lambda d: d.give(INSTRUCTION.topic, m.Text("x" * 10_000)), "10000 characters"),
+    "stale clock": (lambda d: setattr(d, "time_ns", 10**9), "1.000 s old"),
+    "clock ahead": (lambda d: setattr(d, "time_ns", -(10**9)), "-1.000 s old"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_gives_no_chunk_and_says_why_and_recovers(fault: str) -> None:
+    driver = Driver().ready()
+    spoil, words = BAD[fault]
+    spoil(driver)
+    driver.ask()
+    assert not driver.chunks
+    beat = driver.beat()
+    assert beat is not None and beat.level == m.WARN and words in beat.message
+    driver.give(INSTRUCTION.topic, m.Text("push"))
+    driver.sensors(driver.time_ns)
+    driver.ask(number=1, start_ns=driver.time_ns)
+    assert driver.chunks and driver.beat().level == m.OK
+
+
+def test_an_unsupported_encoding_is_named() -> None:
+    driver = Driver().ready()
+    driver.perform(driver.core.on_reject(AGENT, "image encoding '16UC1' is not supported.", driver.now()))
+    assert "16UC1" in driver.beat().message
+
+
+def test_no_instruction_yet() -> None:
+    driver = Driver()
+    driver.sensors()
+    driver.ask()
+    assert not driver.chunks and "no instruction" in driver.beat().message
+
+
+def test_a_failing_policy_does_not_end_the_node() -> None:
+    driver = Driver().ready()
+    driver.policy.fail = RuntimeError("weights went missing")
+    driver.ask()
+    beat = driver.beat()
+    assert not driver.chunks and beat.level == m.ERROR and "weights went missing" in beat.message
+    driver.policy.fail = None
+    driver.sensors(driver.time_ns)
+    driver.ask(number=1, start_ns=driver.time_ns)
+    assert len(driver.chunks) == 1 and driver.beat().level == m.OK
+
+
+def test_a_chunk_with_nan_never_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver().ready()
+    bad = InferResult(ActionChunk(np.full((4, 7), np.nan, np.float32), T0, 0.05))
+    monkeypatch.setattr(driver.policy, "infer_batch", lambda o, c: [bad])
+    driver.ask()
+    assert not driver.chunks and "NaN" in driver.beat().message
+
+
+def test_the_heartbeat_stops_while_inference_hangs() -> None:
+    driver = Driver(hang_limit_s=0.2).ready()
+    driver.run_jobs = False
+    driver.ask()
+    beats = [driver.beat() is not None for _ in range(8)]
+    assert beats == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", '{"v":2}', "no json", '{"v":1,"episode":0}', '{"v":1,"episode":0,"seed":true}', '{"v":1,"episode":1e400}'],
+)
+def test_a_malformed_request_is_refused_and_reported(text: str) -> None:
+    driver = Driver().ready()
+    driver.give(REQUEST.topic, m.Text(text))
+    assert not driver.chunks and driver.beat().level == m.WARN
+    driver.ask()
+    assert len(driver.chunks) == 1 and driver.beat().level == m.OK
+
+
+def test_requests_survive_the_wire_exactly() -> None:
+    committed = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    request = Request(1, 2, 3, 4, 5, 6, 7, 8, committed)
+    back = Request.read(m.Text(request.text().data))
+    assert np.array_equal(back.committed, committed)
+    assert all(getattr(back, k) == getattr(request, k) for k in vars(request) if k != "committed")
+    with pytest.raises(TransportError, match="finite"):
+        Request.read(m.Text(re.sub(r'"committed":.*', '"committed":[[NaN]]}', request.text().data)))
+    identity = ChunkId(1, 2, 3, 4, 5, 6)
+    assert ChunkId.read(identity.text()) == identity
+    for text in ("", "v2/1/2/3/4/5/6", "v1/1/2", "v1/a/2/3/4/5/6"):
+        with pytest.raises(TransportError, match="chunk frame_id"):
+            ChunkId.read(text)
