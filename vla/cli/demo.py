@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rtf", type=float, metavar="F", help="simulated seconds per wall second (default: 1; LIBERO 0.25)"
     )
     parser.add_argument("--domain", type=int, help="ROS domain (default: a free one)")
+    parser.add_argument("--realtime", action="store_true", help="real-time priority for the nodes, where the user may")
     parser.add_argument("--min-success", type=float, default=0.5, metavar="R", help="for exit code 0 (default: 0.5)")
     parser.add_argument("--no-film", action="store_true", help="skip episodes.mp4 and the pictures in the trace")
     parser.add_argument("--json", action="store_true", help="print summary.json at the end, progress to stderr")
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     policy = args.policy or _default_policy(args.env)
     _check(args.env, policy)
-    plan = Plan(args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain)
+    plan = Plan(args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime)
     run_ = Run(plan)
     with disposing(run_.recorder):
         console.print(f"starting {', '.join(_nodes(policy))} on ROS domain {run_.graph.domain}, loopback")

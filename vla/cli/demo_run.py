@@ -36,6 +36,7 @@ class Plan:
     out: Path
     rtf: float | None = None
     domain: int | None = None
+    realtime: bool = False
 
 
 class Run:
@@ -53,7 +54,7 @@ class Run:
         self.recorder = Recorder(watched, plan.out)
         self.graph = Graph(
             plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
-            watch=watched, on_image=self.recorder.on_image, restart=("policy",),
+            watch=watched, on_image=self.recorder.on_image, restart=("policy",), realtime=plan.realtime,
         )  # fmt: skip
 
     def __enter__(self) -> Run:
