@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,7 +268,7 @@ def _read_shard(shard: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         record = json.loads((shard / "episode.json").read_text())
         with np.load(shard / "arrays.npz", allow_pickle=False) as stored:
             return record, {key: stored[key] for key in stored.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             explain(str(shard), "a complete episode", str(error), "Remove this folder and run the collection again.")
         ) from error

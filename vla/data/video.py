@@ -94,7 +94,7 @@ def concatenate(path: Path, clips: Sequence[tuple[Path, int]], fps: int) -> None
             with _open(clip) as source:
                 stream = source.streams.video[0]
                 if target is None:
-                    target = output.add_stream_from_template(stream)
+                    target = output.add_stream_from_template(stream, opaque=True)  # copy, no encoder needed
                     target.time_base = Fraction(1, fps)
                 for packet in source.demux(stream):
                     if packet.pts is None or packet.dts is None or packet.time_base is None:
