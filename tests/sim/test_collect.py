@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.collect import CollectConfig, Noise, Perturbation, collect, run_expert
+from sim.collect import CollectConfig, collect
 from sim.control import make_expert
+from sim.demonstrate import Noise, Perturbation, run_expert
 from sim.environment import EVAL_SEED_START, make
 from vla.data.lerobot import LeRobotDataset
 from vla.errors import ConfigError

@@ -25,8 +25,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if height < 1 or width < 1:
         raise DataError(explain("resize", "a size of at least 1 x 1", f"{height} x {width}", "Fix the image size."))
     # float32 counts integers exactly up to 2**24, which images to about 180 x 180 stay below; it is the faster one
-    exact = np.float32 if rows * columns * 256 <= 2**24 else np.float64
-    planes = np.moveaxis(image.reshape(-1, rows, columns, channels), 3, 1).astype(exact)  # [N, C, H, W]
+    exact = np.dtype(np.float32 if rows * columns * 256 <= 2**24 else np.float64)
+    planes: np.ndarray = np.moveaxis(image.reshape(-1, rows, columns, channels), 3, 1).astype(exact)  # [N, C, H, W]
     total = _overlaps(rows, height).astype(exact) @ planes @ _overlaps(columns, width).astype(exact).T
     area = rows * columns
     mean = (total.astype(np.int64) + area // 2) // area
