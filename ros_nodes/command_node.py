@@ -244,6 +244,8 @@ class CommandCore:
         next_ns = {"running": self._slots.next_ns, "armed": self._start_ns()}.get(self._phase, now.stamp_ns + POLL_NS)
         to_slot = next_ns - now.stamp_ns
         self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
+        if self._beat_ns is not None and not self._silent:
+            self.next_tick_ns = min(self.next_tick_ns, max(self._beat_ns + HEARTBEAT_TIMEOUT_NS, now.steady_ns))
         return effects
 
     def _control(self, now: Now) -> Effects:

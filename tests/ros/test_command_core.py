@@ -1,0 +1,281 @@
+"""The command core, driven by plain calls on a clock of our own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ros_nodes import messages as m
+from ros_nodes.command_node import CommandCore, build_core
+from ros_nodes.node import (
+    CHUNK,
+    CONTROL,
+    CONTROL_STATUS,
+    DIAGNOSTICS,
+    HEARTBEAT,
+    JOINT_STATES,
+    REQUEST,
+    SIM_STATUS,
+    Effects,
+    Job,
+    Now,
+    Send,
+)
+from ros_nodes.request import ChunkId, Request
+from vla.resources import load_embodiment
+from vla.runtime.gate import Reason, Verdict
+from vla.runtime.trace import Trace
+from vla.types import ActionChunk
+
+ROOT = Path(__file__).resolve().parents[2]
+ROBOT = load_embodiment("tabletop")
+T0 = 1_000_000_000_000
+MS = 1_000_000
+PERIOD = 50 * MS
+
+
+class Driver:
+    """Shell, arm, simulator and policy in one: the arm follows commands, the policy moves sideways at 0.1 m/s."""
+
+    def __init__(self, out: Path | None = None, **options: Any) -> None:
+        self.core: CommandCore = build_core(ROBOT, out, capacity=2000, **options)
+        self.time_ns = 10_000 * MS
+        self.jump_ns = 0  # of the graph's clock against the steady one
+        self.positions = np.array(ROBOT.home)
+        self.sent: list[tuple[int, Send]] = []
+        self.policy_alive = self.joints_alive = True
+        self.answer_after_ns = 20 * MS
+        self.number = 0
+        self.pending: list[tuple[int, Request]] = []
+        self.names = ROBOT.command_names
+        self.offset = np.zeros(len(self.names))  # of the measured positions
+
+    def now(self) -> Now:
+        return Now(T0 + self.time_ns + self.jump_ns, self.time_ns, self.time_ns)
+
+    def perform(self, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Job):
+                self.perform(self.core.on_result(effect.name, effect.run(), self.now()))
+                continue
+            self.sent.append((self.time_ns, effect))
+            if effect.topic == REQUEST.topic and self.policy_alive:
+                self.pending.append((self.time_ns + self.answer_after_ns, Request.read(effect.message)))
+            elif effect.topic == ROBOT.command_topic:
+                self.positions = effect.message.data.copy()
+
+    def give(self, topic: str, message: m.Message) -> None:
+        self.perform(self.core.on_message(topic, message, self.now()))
+
+    def begin(self, episode: int = 0, start_ns: int | None = None) -> None:
+        start = T0 + self.time_ns + 100 * MS if start_ns is None else start_ns
+        values = {"state": "running", "episode": episode, "seed": 7, "instruction": "go", "start_ns": start}
+        self.give(SIM_STATUS.topic, m.Text.of(**values))
+
+    def chunk(self, request: Request, actions: Any = None, number: int | None = None) -> None:
+        rows = np.zeros((16, 7), np.float32)
+        rows[:, 1], rows[:, 6] = 0.005, 1.0
+        chunk = ActionChunk(rows if actions is None else actions, request.start_ns + PERIOD // 2, 0.05)
+        identity = ChunkId(request.episode, request.number, self.number if number is None else number, 20_000)
+        self.number += 1
+        self.give(CHUNK.topic, m.chunk_to_trajectory(chunk, ROBOT.action_names, identity.text()))
+
+    def run(self, milliseconds: int) -> None:
+        for _ in range(milliseconds):
+            self.time_ns += MS
+            if self.joints_alive and self.time_ns % (10 * MS) == 0:
+                stamp = T0 + self.time_ns + self.jump_ns
+                self.give(
+                    JOINT_STATES.topic,
+                    m.JointState(stamp, self.names, self.positions + self.offset, np.zeros(len(self.names))),
+                )
+            if self.policy_alive and self.time_ns % PERIOD == 7 * MS:
+                self.give(HEARTBEAT.topic, m.Status(m.OK, "policy", "ready"))
+            while self.policy_alive and self.pending and self.pending[0][0] <= self.time_ns:
+                self.chunk(self.pending.pop(0)[1])
+            if self.time_ns >= self.core.next_tick_ns:
+                self.perform(self.core.tick(self.now()))
+
+    def commands(self, since_ns: int = 0) -> list[tuple[int, np.ndarray]]:
+        return [(t, s.message.data) for t, s in self.sent if s.topic == ROBOT.command_topic and t > since_ns]
+
+    def status(self) -> dict[str, Any]:
+        return [s.message for _, s in self.sent if s.topic == CONTROL_STATUS.topic][-1].object()
+
+    def diagnosis(self) -> m.Status:
+        return [s.message for _, s in self.sent if s.topic == DIAGNOSTICS.topic][-1].statuses[0]
+
+    def moving(self) -> Driver:
+        self.run(50)
+        self.begin()
+        self.run(1000)
+        assert self.status()["verdict"] in ("pass", "reshape")
+        return self
+
+
+def test_commands_come_at_the_control_rate_and_move_the_arm() -> None:
+    driver = Driver().moving()
+    times = np.array([t for t, _ in driver.commands()])
+    assert np.all(np.diff(times)[1:] == PERIOD) and len(times) >= 18
+    assert driver.status()["missed"] == 0 and driver.status()["due"] >= 16
+    assert np.max(np.abs(driver.positions - np.array(ROBOT.home))) > 0.05
+    assert driver.diagnosis().level == m.OK
+
+
+def test_nothing_is_commanded_before_an_episode_or_after_its_end() -> None:
+    driver = Driver()
+    driver.run(500)
+    assert not driver.commands()
+    driver.moving()
+    done = {"state": "done", "episode": 0, "success": True, "steps": 19, "family": "push"}
+    driver.give(SIM_STATUS.topic, m.Text.of(**done))
+    at = driver.time_ns
+    driver.run(300)
+    assert not driver.commands(since_ns=at) and driver.status()["phase"] == "idle"
+
+
+def test_a_silent_policy_is_noticed_at_150_ms_although_actions_are_still_due() -> None:
+    driver = Driver(execute=14)
+    driver.moving()
+    driver.run((7 - driver.time_ns // MS % 50) % 50 or 50)  # a heartbeat has just come
+    driver.policy_alive, last = False, driver.time_ns
+    driver.run(500)
+    (stop,) = driver.core.summary()["stops"]
+    assert stop["reason"] == Reason.HEARTBEAT.text and stop["silence_ms"] == 150.0
+    stopped = driver.commands(since_ns=last + 149 * MS)
+    assert stopped[0][0] - last <= 160 * MS  # not at the next control period: at once
+    moving = np.diff([q for t, q in driver.commands() if t <= last + 149 * MS][-2:], axis=0)
+    held = np.diff([q for _, q in stopped], axis=0)
+    assert np.any(moving) and not np.any(held[1:])  # so slow a motion is braked within one step
+    assert driver.diagnosis().level == m.ERROR and Reason.HEARTBEAT.text in driver.diagnosis().message
+    assert driver.status()["queue"] > 0
+
+    driver.policy_alive = True
+    driver.run(1500)
+    assert driver.status()["verdict"] in ("pass", "reshape") and driver.diagnosis().level in (m.OK, m.WARN)
+
+
+FAULTS = {
+    "joint states stop": (lambda d: setattr(d, "joints_alive", False), Reason.JOINT_STATE_STALE),
+    "a joint is lost": (
+        lambda d: setattr(d, "names", (*ROBOT.command_names[:-1], "other")),
+        Reason.JOINT_STATE_INVALID,
+    ),
+    "NaN": (lambda d: d.offset.__setitem__(2, np.nan), Reason.JOINT_STATE_INVALID),
+    "the clock jumps back": (lambda d: setattr(d, "jump_ns", -3600 * 10**9), Reason.CLOCK),
+    "the operator stops": (lambda d: d.give(CONTROL.topic, m.Text.of(op="stop")), Reason.OPERATOR),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_on_any_doubt_the_arm_stops_and_says_why(fault: str) -> None:
+    driver = Driver().moving()
+    spoil, reason = FAULTS[fault]
+    spoil(driver)
+    at = driver.time_ns
+    driver.run(400)
+    assert driver.core.summary()["stops"][-1]["reason"] == reason.text
+    said = [s.message.statuses[0] for t, s in driver.sent if s.topic == DIAGNOSTICS.topic and t >= at]
+    assert any(reason.text in status.message and status.level == m.ERROR for status in said)
+    if fault == "the clock jumps back":  # a new time, and all is well in it: the arm came to rest and went on
+        assert driver.status()["verdict"] in ("pass", "reshape")
+        return
+    held = [q for t, q in driver.commands(since_ns=at + 300 * MS)]
+    assert held and not np.any(np.diff(held, axis=0)) and np.all(np.isfinite(held))
+
+
+@pytest.mark.parametrize("kind", ["another episode", "another request", "no id", "NaN", "other names"])
+def test_a_chunk_that_does_not_fit_is_not_executed(kind: str) -> None:
+    driver = Driver()
+    driver.run(50)
+    driver.policy_alive = False
+    driver.begin()
+    driver.run(300)
+    request = next(Request.read(s.message) for _, s in driver.sent if s.topic == REQUEST.topic)
+    before = driver.positions.copy()
+    rows = np.full((16, 7), 0.005, np.float32)
+    if kind == "NaN":
+        rows[3, 2] = np.nan
+    identity = ChunkId(
+        request.episode + (kind == "another episode"), request.number + (kind == "another request"), 0
+    ).text()
+    names = tuple(reversed(ROBOT.action_names)) if kind == "other names" else ROBOT.action_names
+    message = m.chunk_to_trajectory(
+        ActionChunk(rows, T0 + driver.time_ns, 0.05), names, "" if kind == "no id" else identity
+    )
+    driver.give(CHUNK.topic, message)
+    driver.policy_alive = True
+    driver.pending.clear()
+    driver.run(200)
+    assert driver.status()["chunks"] == 0 and np.array_equal(driver.positions, before)
+    assert kind == "another episode" or driver.diagnosis().level >= m.WARN
+
+
+def test_a_new_episode_starts_from_where_the_arm_stands_then() -> None:
+    driver = Driver().moving()
+    driver.give(SIM_STATUS.topic, m.Text.of(state="done", episode=0, success=False, steps=20))
+    driver.positions = np.array(ROBOT.home) + 0.1
+    driver.begin(episode=1)
+    at = driver.time_ns
+    driver.run(200)
+    assert np.array_equal(driver.commands(since_ns=at)[0][1], np.array(ROBOT.home) + 0.1)
+    requests = [Request.read(s.message) for t, s in driver.sent if s.topic == REQUEST.topic and t > at]
+    assert requests[0].episode == 1 and requests[0].number == 0 and requests[0].previous == -1
+
+
+def test_an_answer_within_the_period_is_executed_in_it() -> None:
+    driver = Driver(execute=1, sequential=True, slot_wait_s=0.03)
+    driver.answer_after_ns = 5 * MS
+    driver.run(50)
+    driver.begin()
+    driver.run(1000)
+    assert driver.status()["missed"] == 0 and driver.status()["due"] >= 15
+    driver.answer_after_ns = 40 * MS  # too late for its own period: the next one has it
+    driver.run(1000)
+    assert driver.status()["missed"] > 5
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"state":"running"}', '{"state":"running","episode":"x","seed":1}'])
+def test_a_malformed_episode_or_operation_is_reported(text: str) -> None:
+    driver = Driver().moving()
+    driver.give(SIM_STATUS.topic, m.Text(text))
+    driver.give(CONTROL.topic, m.Text('{"op":"stpo"}'))
+    driver.run(300)
+    assert driver.status()["verdict"] in ("pass", "reshape")
+    assert "Did you mean 'stop'" in driver.diagnosis().values[CONTROL.topic]
+    assert SIM_STATUS.topic in driver.diagnosis().values
+
+
+def test_the_trace_and_the_summary_are_saved_on_request_and_at_the_end(tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "out").moving()
+    driver.give(SIM_STATUS.topic, m.Text.of(state="done", episode=0, success=True, steps=20, family="push"))
+    driver.give(CONTROL.topic, m.Text.of(op="save"))
+    trace = Trace.load_mcap(tmp_path / "out" / "trace.mcap")
+    assert [e.seed for e in trace.episodes] == [7] and trace.rows >= 18
+    assert np.sum(trace.verdict[: trace.rows] == Verdict.PASS) >= 10
+    (tmp_path / "out" / "control.json").unlink()
+    driver.core.close(driver.now())
+    saved = json.loads((tmp_path / "out" / "control.json").read_text())
+    assert saved["successes"] == 1 and saved["missed_actions"] == 0 and saved["control_hz"] == pytest.approx(20, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("command_node", ("torch", "sim", "policies", "hydra")),
+        ("policy_node", ("sim", "hydra")),
+        ("messages", ("cyclonedds", "torch", "mujoco")),
+        ("node", ("cyclonedds", "torch", "mujoco")),
+        ("sim_node", ("cyclonedds", "torch", "hydra")),
+    ],
+)
+def test_what_a_node_does_not_import(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, ros_nodes.{module}; print([n for n in {absent!r} if n in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
