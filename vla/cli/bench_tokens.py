@@ -127,8 +127,8 @@ def collect(
     progress: Callable[[int, int], None],
 ) -> Arm:
     """Undisturbed, successful expert episodes at one rate, without rendering; fitting and test seeds are apart."""
-    from sim.demonstrate import Noise, run_expert
     from sim.control import make_expert
+    from sim.demonstrate import Noise, run_expert
     from sim.environment import EVAL_SEED_START, make
 
     environment = make(env, rate_hz=rate_hz)
