@@ -154,7 +154,7 @@ class Publisher:
         code = ddspy_write(self._writer._ref, bytes(data))
         if code < 0:
             raise TransportError(
-                explain(self.topic, "a written sample", f"DDS error {code}", "Look for a reader that no longer reads.")
+                explain(self.topic, "bytes that DDS takes", f"error {code}", "Encode a message of the topic's type.")
             )
         self.sent += 1
 
