@@ -284,7 +284,7 @@ def _info(spec: DatasetSpec, episodes: int, frames: int, tasks: int) -> dict[str
                 "video.height": feature.shape[0],
                 "video.width": feature.shape[1],
                 "video.codec": chosen.name,
-                "video.pix_fmt": chosen.pix_fmt,
+                "video.pix_fmt": chosen.stored_pix_fmt,
                 "video.is_depth_map": False,
                 "video.fps": spec.fps,
                 "video.channels": 3,

@@ -23,13 +23,14 @@ from vla.errors import ConfigError, DataError, explain, nearest
 class VideoCodec:
     """How frames are encoded.
 
-    encoder: FFmpeg encoder name. pix_fmt: yuv444p keeps the colour of small objects, yuv420p halves chroma resolution.
+    encoder: FFmpeg encoder name. pix_fmt: what it is given; stored_pix_fmt: what lies in the file.
     gop: frames from one key frame to the next, the most that a random access decodes. crf: quality, lower is better.
     """
 
     name: str
     encoder: str
     pix_fmt: str
+    stored_pix_fmt: str
     crf: int
     gop: int
     options: tuple[tuple[str, str], ...] = ()
@@ -38,11 +39,14 @@ class VideoCodec:
         return {"crf": str(self.crf), "g": str(self.gop), **dict(self.options)}
 
 
-# h264: for small images, fast both ways and nearly exact. av1: what the `lerobot` package writes by default.
+_FAST = (("preset", "ultrafast"), ("bf", "0"))
+# h264 stores RGB itself: nearly exact (53 dB on the tabletop; conversion to YUV alone costs more than that and shifts
+# colours by a level), and fast both ways. h264_420 plays everywhere, av1 is what the `lerobot` package writes by
+# default; both halve the resolution of colour, which small objects suffer from.
 CODECS = {
-    "h264": VideoCodec("h264", "libx264", "yuv444p", 16, 10, (("preset", "ultrafast"), ("bf", "0"))),
-    "h264_420": VideoCodec("h264", "libx264", "yuv420p", 18, 10, (("preset", "veryfast"), ("bf", "0"))),
-    "av1": VideoCodec("av1", "libsvtav1", "yuv420p", 30, 2),
+    "h264": VideoCodec("h264", "libx264rgb", "rgb24", "gbrp", 16, 10, _FAST),
+    "h264_420": VideoCodec("h264", "libx264", "yuv420p", "yuv420p", 18, 10, _FAST),
+    "av1": VideoCodec("av1", "libsvtav1", "yuv420p", "yuv420p", 30, 2),
 }
 
 
