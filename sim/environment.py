@@ -57,7 +57,10 @@ class Environment(Protocol):
 
 
 class LazyImages(Mapping[str, np.ndarray]):
-    """{camera: uint8[H, W, 3]} that renders on first access and remembers. The environment calls `expire()` before the next step."""
+    """{camera: uint8[H, W, 3]} that renders on first access and remembers.
+
+    The environment calls `expire()` before the next step.
+    """
 
     def __init__(self, names: tuple[str, ...], render: Callable[[str], np.ndarray]):
         self._names, self._render = names, render

@@ -63,7 +63,12 @@ def check_instruction(text: str) -> str:
     stripped = text.strip()
     if not stripped:
         raise ObservationError(
-            explain("instruction", "a sentence", "empty text", "Say what the arm should do, for example on /vla/instruction.")
+            explain(
+                "instruction",
+                "a sentence",
+                "empty text",
+                "Say what the arm should do, for example on /vla/instruction.",
+            )
         )
     if len(stripped) > MAX_INSTRUCTION_CHARS:
         raise ObservationError(
@@ -92,7 +97,9 @@ class ActionChunk:
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) == 0:
             raise ObservationError(
-                explain("actions", "float32[T, A] with T >= 1", f"shape {self.actions.shape}", "Return one row per step.")
+                explain(
+                    "actions", "float32[T, A] with T >= 1", f"shape {self.actions.shape}", "Return one row per step."
+                )
             )
 
     def __len__(self) -> int:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # `vla ... | head`: the reader has enough; keep the interpreter from complaining while it flushes.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return EXIT_OK
     except Exception as error:
         if args.debug or not _is_ours(error):
