@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +58,10 @@ def _square(view: np.ndarray) -> Image.Image:
 
 def write_film(path: Path, shots: Iterable[Shot], fps: int) -> int:
     """Encode the shots as H.264; returns the number of frames. Raises DataError when there is none."""
-    from vla.data.video import VideoCodec, encode
+    from vla.data.video import CODECS, encode
 
-    chosen = VideoCodec("h264", "libx264", "yuv420p", 23, 2 * fps, (("preset", "veryfast"), ("movflags", "+faststart")))
+    # What every player and browser shows; a film is watched, not trained on.
+    chosen = replace(CODECS["h264_420"], crf=23, gop=2 * fps)
     path.parent.mkdir(parents=True, exist_ok=True)
     return encode(path, (compose(shot) for shot in shots), fps, chosen)
 
