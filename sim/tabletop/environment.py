@@ -55,9 +55,9 @@ class TabletopEnvironment(gymnasium.Env):
         self.kinematics = Kinematics(self.embodiment)
         self.scene = Scene(robot_model(self.embodiment), tuple(joint.name for joint in self.embodiment.joints))
         self.max_steps = round(MAX_EPISODE_S * self.embodiment.rate_hz)
-        lower = np.array([joint.lower for joint in self.embodiment.joints])
-        upper = np.array([joint.upper for joint in self.embodiment.joints])
-        self.action_space = gymnasium.spaces.Box(lower, upper, dtype=np.float64)
+        self._lower = np.array([joint.lower for joint in self.embodiment.joints])
+        self._upper = np.array([joint.upper for joint in self.embodiment.joints])
+        self.action_space = gymnasium.spaces.Box(self._lower, self._upper, dtype=np.float64)
         self.observation_space = gymnasium.spaces.Dict(
             {
                 "images": gymnasium.spaces.Dict(
@@ -199,7 +199,7 @@ class TabletopEnvironment(gymnasium.Env):
             )
         if not np.all(np.isfinite(values)):
             raise SimulationError(explain("command", "finite values", "NaN or infinity", "Send it through the gate."))
-        values = np.clip(values, self.action_space.low, self.action_space.high)
+        values = np.clip(values, self._lower, self._upper)
         if not np.array_equal(values, self._target):
             ramp = max(1, round(self.embodiment.period_s / TIMESTEP_S))
             share = min(1.0, self._ramp_done / ramp)

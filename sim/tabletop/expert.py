@@ -21,7 +21,7 @@ _ACCELERATION_S = 0.15  # from rest to cruise
 _TIME_CONSTANT_S = 0.10
 _OPEN_M = 0.066
 _HELD_M = 2 * HALF_WIDTH_M + 0.006
-_CLEAR_M = 0.075  # height above the table's highest neighbour while travelling
+_CARRY_M = 0.109  # height of a carried object's centre: its bottom passes over the tallest neighbour
 _FUNNEL_SLOPE = 2.2
 _UPRIGHT_DEADBAND_RAD = 0.05
 _BEHIND_M = 0.072  # tool to object centre, before a push
@@ -96,28 +96,26 @@ class Expert:
             clear = np.clip((opening - _HELD_M - 0.006) / 0.012, 0.0, 1.0) if between else 1.0
             return np.array([0.0, 0.0, clear * max(0.0, place[2] + 0.12 - tool[2])]), 1.0, CRUISE_M_S
         if held:
-            return self._bring(tool, thing, place), -1.0, CRUISE_M_S
+            return self._bring(thing, place), -1.0, CRUISE_M_S
         # Reach for it.
         error = grasp - tool
         aside = float(np.linalg.norm(error[:2]))
         aligned = abs(error[0]) < 0.010 and abs(error[1]) < 0.012 and abs(error[2]) < 0.012
         if aligned or (between and opening < _OPEN_M and abs(offset[2]) < 0.012):
-            return np.array([error[0], error[1], error[2]]), -1.0, 0.1 * CRUISE_M_S
+            return error, -1.0, 0.1 * CRUISE_M_S
         top = HALF_HEIGHT_M[scene.movable[goal.object].shape]
         height = np.clip(_FUNNEL_SLOPE * (aside - 0.008), 0.0, top + 0.045)
         if opening < _OPEN_M:
             height = max(height, min(top + 0.045, 0.06))
         error[2] += height
-        return _level_first(error, offset[2], top + 0.03), 1.0, CRUISE_M_S
+        return _level_first(error, top + 0.03), 1.0, CRUISE_M_S
 
-    def _bring(self, tool: np.ndarray, thing: np.ndarray, place: np.ndarray) -> np.ndarray:
+    def _bring(self, thing: np.ndarray, place: np.ndarray) -> np.ndarray:
         """Error of the tool that lifts, carries and lowers the held object to `place`."""
         error = place - thing
         aside = float(np.linalg.norm(error[:2]))
-        bottom = _CLEAR_M + HALF_HEIGHT_M["cube"]
-        lift = max(0.0, bottom + 0.012 - place[2] + 0.0) if place[2] < bottom else 0.05
-        error[2] += np.clip(_FUNNEL_SLOPE * (aside - 0.006), 0.0, lift)
-        return _level_first(error, thing[2], bottom - 0.01)
+        error[2] += np.clip(_FUNNEL_SLOPE * (aside - 0.006), 0.0, max(0.02, _CARRY_M - place[2]))
+        return _level_first(error, _CARRY_M - 0.022)
 
     # ---- push ----
     def _push(self, tool: np.ndarray, opening: float) -> tuple[np.ndarray, float, float]:
@@ -138,11 +136,14 @@ class Expert:
         aside = float(np.linalg.norm(error[:2]))
         height = np.clip(_FUNNEL_SLOPE * (aside - 0.010), 0.0, 0.085)
         error[2] += height
-        return _level_first(error, offset[2], 0.07), -1.0, CRUISE_M_S
+        return _level_first(error, 0.07), -1.0, CRUISE_M_S
 
 
-def _level_first(error: np.ndarray, height: float, needed: float) -> np.ndarray:
-    """Hold back sideways motion while the tool is lower than the travel asks for, so that nothing is swept along."""
+def _level_first(error: np.ndarray, needed: float) -> np.ndarray:
+    """Hold back sideways motion while the tool still has to rise, so that nothing is swept along.
+
+    error: [3], metres. needed: the rise from which on it does not move sideways at all.
+    """
     missing = np.clip(error[2] / max(1e-6, needed), 0.0, 1.0)
     out = error.copy()
     out[:2] *= (1.0 - missing) ** 2
