@@ -20,7 +20,6 @@ from ros_nodes.graph import Graph, Outcome
 from vla.errors import VlaError
 from vla.runtime.summary import wilson_95
 
-
 FIRST_SEED = 1_000_000  # seeds below are for demonstrations (sim.environment.EVAL_SEED_START; only the simulator
 # node imports that room)
 
