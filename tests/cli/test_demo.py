@@ -105,3 +105,19 @@ def test_episode_count_must_be_positive(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as ended:
         main.main(["demo", "--episodes", "0"])
     assert ended.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.libero
+def test_libero_scene_runs_through_the_same_graph(tmp_path: Path) -> None:
+    from sim.libero.assets import unavailable_reason
+
+    if reason := unavailable_reason():
+        pytest.skip(reason)
+    words = ("--env", "libero_object", "--task", "3", "--policy", "expert", "--episodes", "1")
+    process = start(tmp_path, *words)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    details = json.loads((tmp_path / "run.json").read_text())
+    assert 0 < details["real_time_factor"] <= 0.3
+    assert "bbq sauce" in details["episodes"][0]["instruction"]
