@@ -26,8 +26,8 @@ class Quality:
 
 SENSOR = Quality(reliable=False, depth=5)  # images; the ROS sensor-data profile
 # Joint states, commands, chunks. A best-effort writer never matches a reliable reader, and stock controllers read
-# reliably, so what they may want is written reliably.
-STATE = Quality(reliable=True, depth=10)
+# reliably, so what they may want is written reliably. 50 deep: 0.1 s of 500 Hz joint states outlast a busy machine.
+STATE = Quality(reliable=True, depth=50)
 LATEST = Quality(reliable=False, depth=1)  # read side of what is only worth its newest value, such as /clock
 LATCHED = Quality(reliable=True, depth=1, latched=True)  # instruction, episode status
 

@@ -191,6 +191,9 @@ class SimCore:
         observation, info = self._env.reset(seed=seed, options=options)
         if self._expert is not None:
             self._expert.reset()
+        if not self._sliced:  # the first picture builds the GL context, which holds up all threads for a while
+            for camera in self._robot.camera_names:
+                observation.images[camera]
         return observation, info
 
     def _began(self, value: Any, now: Now) -> Effects:
