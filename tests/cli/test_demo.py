@@ -101,6 +101,29 @@ def test_misspelt_names_are_one_message(
     assert says in capsys.readouterr().err
 
 
+def test_a_node_that_dies_keeps_what_was_measured(tmp_path: Path) -> None:
+    process = start(tmp_path, "--policy", "expert", "--episodes", "50", "--task", "push", "--no-film")
+    try:
+        assert process.stdout is not None
+        while "/50" not in next(process.stdout):
+            pass
+        (sim,) = (c for c in psutil.Process(process.pid).children() if "ros_nodes.sim_node" in c.cmdline())
+        sim.kill()
+        rest, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == main.EXIT_ERROR, rest
+    assert "the sim node ended with code -9" in rest and "Traceback" not in rest
+    assert json.loads((tmp_path / "summary.json").read_text())["episodes"] >= 1
+
+
+def test_the_first_seed_is_the_first_of_evaluation() -> None:
+    from sim.environment import EVAL_SEED_START
+    from vla.cli import demo
+
+    assert demo.EVAL_SEED_START == EVAL_SEED_START
+
+
 def test_episode_count_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main.main(["demo", "--episodes", "0"])

@@ -54,14 +54,18 @@ def run(args: argparse.Namespace) -> int:
 
     from vla.cli.demo_run import Plan, Run, disposing
     from vla.cli.results import write_results
+    from vla.errors import VlaError
 
     console = Console(stderr=args.json)
     policy = args.policy or _default_policy(args.env)
     _check(args.env, policy)
     plan = Plan(args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime)
+    if args.seed < EVAL_SEED_START and policy != "expert":
+        console.print(f"note: a policy may have been trained on seeds below {EVAL_SEED_START}")
     run_ = Run(plan)
     with disposing(run_.recorder):
         console.print(f"starting {', '.join(_nodes(policy))} on ROS domain {run_.graph.domain}, loopback")
+        failure: VlaError | None = None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
         try:
             with run_:
@@ -69,11 +73,17 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             run_.interrupted = True
             console.print("stopped; writing what was measured so far")
+        except VlaError as error:  # a node died in mid-run: what was measured until then is kept
+            if not run_.finished:
+                raise
+            run_.interrupted, failure = True, error
         record = run_.record()
         write_results(record, plan.out)
         _finish(run_, record, console, film=not args.no_film)
     if args.json:
         print(json.dumps(record.summary(), indent=2))
+    if failure is not None:
+        raise failure
     if run_.interrupted:
         return 130
     return 0 if record.success_rate >= args.min_success else 1

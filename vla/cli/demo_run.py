@@ -88,6 +88,11 @@ class Run:
             self._done.append(episode)
             yield episode
 
+    @property
+    def finished(self) -> int:
+        """Episodes that came to their end."""
+        return len(self._done)
+
     def _now_s(self) -> float:
         return time.monotonic() - self._began
 

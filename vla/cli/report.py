@@ -11,6 +11,7 @@ from vla.cli import plots
 from vla.cli.results import RunRecord, by_family, write_atomic
 from vla.runtime.summary import wilson_95
 
+MAX_EVENTS = 100
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667080; --line: #dde2e9; --paper: #fff; --plot: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #98a2b0; --line: #333b47; --paper: #14171c;
@@ -127,7 +128,10 @@ def _reasons(record: RunRecord) -> str:
 def _events(record: RunRecord) -> str:
     if not record.events:
         return '<p class="sub">None: no stop, no silent heartbeat, no restart.</p>'
-    return _table(("s", "source", "what"), [(f"{e.at_s:.2f}", e.source, e.text) for e in record.events])
+    shown = record.events[:MAX_EVENTS]
+    more = len(record.events) - len(shown)
+    table = _table(("s", "source", "what"), [(f"{e.at_s:.2f}", e.source, e.text) for e in shown])
+    return table + (f'<p class="sub">and {more} more, in run.json</p>' if more else "")
 
 
 def _processes(record: RunRecord) -> str:
