@@ -98,6 +98,9 @@ class WheelShell:
             while not self._stopping:
                 self._step()
         finally:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends even a close that hangs
+                    signal.signal(number, signal.SIG_DFL)
             try:
                 self._perform(self.core.close(self.clock.now()))
             finally:

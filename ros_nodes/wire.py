@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 from typing import Any
@@ -33,12 +34,14 @@ MAX_DOMAIN = 232  # 7400 + 250 * domain + offsets must stay below 65536
 MAX_PARTICIPANTS = 60
 _MAX_BLOCKING_NS = 20_000_000  # a reliable KEEP_LAST writer does not block; this bounds the write if it ever would
 _WAIT_NS = 200_000_000
+_JOIN_S = 5.0
 _TAKE = 16
 _TRANSITS_KEPT = 4000
 
 try:
     from cyclonedds.core import (
         DDSException,
+        GuardCondition,
         InstanceState,
         Policy,
         Qos,
@@ -114,32 +117,47 @@ def domain_config(network: str, max_participants: int = MAX_PARTICIPANTS) -> str
     )
 
 
-_domains: dict[int, tuple[str, Any]] = {}
+@dataclass
+class _OpenDomain:
+    network: str
+    entity: Any  # None when Cyclone DDS makes it from its own settings
+    users: int = 0
+
+
+_domains: dict[int, _OpenDomain] = {}
 _domains_lock = threading.Lock()
 
 
-def _open_domain(number: int, network: str, max_participants: int) -> None:
-    """Create the domain of this process once; a second participant shares it and must want the same network."""
+def _enter_domain(number: int, network: str, max_participants: int) -> None:
+    """Open the domain for this process, or share it; all of its participants use one network."""
     with _domains_lock:
-        if number in _domains:
-            opened = _domains[number][0]
-            if opened != network:
+        if number not in _domains:
+            config = domain_config(network, max_participants)
+            try:
+                _domains[number] = _OpenDomain(network, Domain(number, config) if config else None)
+            except DDSException as error:
+                first = 7400 + 250 * number + 10
+                last = first + 2 * max_participants + 1
                 raise TransportError(
-                    explain(
-                        "network", f"{opened!r}, as this process already uses", repr(network), "Use one per domain."
-                    )
-                )
-            return
-        config = domain_config(network, max_participants)
-        try:
-            _domains[number] = (network, Domain(number, config) if config else None)
-        except DDSException as error:
-            first = 7400 + 250 * number + 10
-            last = first + 2 * max_participants + 1
-            raise TransportError(
-                f"domain {number}: expected a free UDP port in {first}..{last} on network {network!r}, got {error}. "
-                "Stop other participants of this domain, set another ROS_DOMAIN_ID, or check the interface's name."
-            ) from error
+                    f"domain {number}: expected a free UDP port in {first}..{last} on {network!r}, got {error}. "
+                    "Stop other participants of this domain, set another ROS_DOMAIN_ID, or check the interface's name."
+                ) from error
+        domain = _domains[number]
+        if domain.network != network:
+            expected = f"{domain.network!r}, as this process already uses"
+            raise TransportError(explain("network", expected, repr(network), "Use one network per domain."))
+        domain.users += 1
+
+
+def _leave_domain(number: int) -> None:
+    """The last participant closes the domain: left to the interpreter's exit, its threads would outlive their world."""
+    with _domains_lock:
+        domain = _domains[number]
+        domain.users -= 1
+        if domain.users == 0:
+            del _domains[number]
+            if domain.entity is not None:
+                domain.entity._delete(domain.entity._ref)
 
 
 class Publisher:
@@ -223,10 +241,11 @@ class Participant:
         self.name, self.namespace, self.distro = name, namespace, distro
         self.domain = domain_id(domain)
         _check_wheel()
-        _open_domain(self.domain, network, max_participants)
+        _enter_domain(self.domain, network, max_participants)
         try:
             self._participant = DomainParticipant(self.domain, Qos(Policy.Userdata(b"enclave=/;")))
         except DDSException as error:
+            _leave_domain(self.domain)
             raise TransportError(
                 f"domain {self.domain}: no participant could be made ({error}). "
                 "Stop other participants of this domain or set another ROS_DOMAIN_ID."
@@ -236,10 +255,16 @@ class Participant:
         self.subscriptions: list[Subscription] = []
         self._waitset = WaitSet(self._participant)
         self._conditions: list[Any] = []
+        self._wake = GuardCondition(self._participant)
+        self._waitset.attach(self._wake)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._graph = self._writer("ros_discovery_info", GraphInfo.type_name, LATCHED)
-        self.self_test()
+        try:
+            self.self_test()
+        except TransportError:
+            self.close()
+            raise
 
     # ---- endpoints ----
     def publisher(self, topic: str, type_name: str, quality: Quality = STATE) -> Publisher:
@@ -271,16 +296,14 @@ class Participant:
         if self._closing.is_set():
             return
         self._closing.set()
+        self._wake.set(True)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * _WAIT_NS / 1e9)
+            self._thread.join(timeout=_JOIN_S)
         ddspy_write(self._graph._ref, encode(GraphInfo(self._participant.guid.bytes, ()), self.distro))
-        # Dropping the last references deletes the entities; the participant goes last.
-        self._conditions.clear()
-        del self._waitset
-        self.publishers.clear()
-        self.subscriptions.clear()
-        self._topics.clear()
-        del self._graph, self._participant
+        # With all its children, in the order DDS wants, while everything still stands: the Python objects may live on
+        # in other hands, and what they call afterwards is an error code.
+        self._participant._delete(self._participant._ref)
+        _leave_domain(self.domain)
 
     def __enter__(self) -> Participant:
         return self
