@@ -111,9 +111,8 @@ class RobosuiteArm(gymnasium.Env[Any, Any], ABC):
             seed = int(self.np_random.integers(2**31))
         self._override = check_instruction(options["instruction"]) if options.get("instruction") else ""
         self._use_task(self._task_index(options.get("task", self._task)))
-        with _numpy_seeded(seed):
-            self._reset_scene()
-            additions = self._place(seed, options)
+        self._reset_scene(seed)
+        additions = self._place(seed, options)
         settle = np.zeros(self.embodiment.action_dim)
         settle[-1] = self.embodiment.gripper_open
         for _ in range(SETTLE_STEPS):
@@ -196,25 +195,34 @@ class RobosuiteArm(gymnasium.Env[Any, Any], ABC):
         self._task = task
         with _numpy_seeded(0):  # some scenes draw sizes while they are built
             self._robosuite = self._build(task)
+        self._built_poses = self._model.body_pos.copy(), self._model.body_quat.copy()
         if self._fast_render:
             thin_visual_meshes(self._model)
 
-    def _reset_scene(self) -> None:
-        from robosuite.utils.errors import RandomizationError
-
-        for _ in range(20):
-            try:
-                self._robosuite.reset()
-                break
-            except RandomizationError:
-                continue
-        else:
-            raise SimulationError(
-                f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed."
-            )
+    def _reset_scene(self, seed: int) -> None:
+        """robosuite's reset from a state that nothing before has touched, twice when it moves fixtures: it places what
+        stands on or in a fixture by where that fixture was before the reset, and moves the fixture afterwards."""
+        self._model.body_pos[:], self._model.body_quat[:] = self._built_poses
+        self._draw_scene(seed)
+        if not np.array_equal(self._model.body_pos, self._built_poses[0]):
+            self._draw_scene(seed)
         # State is read from the simulator below; robosuite would update a dozen sensors at each of its 25 substeps.
         for observable in self._robosuite._observables.values():
             observable.set_enabled(False)
+
+    def _draw_scene(self, seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        with _numpy_seeded(seed):
+            for _ in range(20):
+                try:
+                    self._robosuite.reset()
+                    return
+                except RandomizationError:
+                    continue
+        raise SimulationError(
+            f"{self.family}/{self.task}: no free places for all objects in 20 draws. Use another seed."
+        )
 
     @property
     def _model(self) -> mujoco.MjModel:
