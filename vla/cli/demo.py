@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with disposing(run_.recorder):
         console.print(f"starting {', '.join(_nodes(policy))} on ROS domain {run_.graph.domain}, loopback")
         failure: VlaError | None = None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
         try:
             with run_:
                 _episodes(run_, console)
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             if not run_.finished:
                 raise
             run_.interrupted, failure = True, error
+        finally:
+            signal.signal(signal.SIGTERM, before)
         record = run_.record()
         write_results(record, plan.out)
         _finish(run_, record, console, film=not args.no_film)
