@@ -33,8 +33,8 @@ class Grammar:
 
     def __init__(self, tokenizer: ActionTokenizer, horizon: int, action_dim: int, device: torch.device | str = "cpu"):
         self.values = horizon * action_dim
-        self.lengths = torch.as_tensor(np.asarray(tokenizer.token_lengths), dtype=torch.long, device=device)
-        self.valid = torch.as_tensor(valid_table(tokenizer, self.values), device=device)  # [values + 1, V]
+        self.lengths = torch.tensor(np.array(tokenizer.token_lengths), dtype=torch.long, device=device)
+        self.valid = torch.tensor(valid_table(tokenizer, self.values), device=device)  # [values + 1, V]
 
 
 class TokenDecoder(Protocol):

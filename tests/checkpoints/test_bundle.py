@@ -1,0 +1,102 @@
+"""Bundles: complete or refused, plain data only."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from vla.checkpoints import bundle as bundles
+from vla.errors import BundleError
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def edit(path, change, rehash: bool = True) -> None:
+    content = json.loads((path / bundles.MARKER).read_text())
+    change(content)
+    if rehash:
+        body = {key: value for key, value in content.items() if key != "hashes"}
+        content["hashes"]["content"] = bundles._sha256_json(body)
+    (path / bundles.MARKER).write_text(json.dumps(content))
+
+
+def test_round_trip(copy, tmp_path) -> None:
+    first = bundles.load(copy)
+    fingerprint = bundles.save(first, tmp_path / "again")
+    second = bundles.load(tmp_path / "again")
+    assert fingerprint == second.fingerprint and first.config == second.config
+    assert first.action_tokenizer.fingerprint() == second.action_tokenizer.fingerprint()
+    a, b = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_saving_over_a_bundle_keeps_what_lies_beside_it(copy) -> None:
+    (copy / "CARD.md").write_text("how it was made")
+    bundles.save(bundles.load(copy), copy)
+    assert (copy / "CARD.md").read_text() == "how it was made"
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]  # nothing half-written stays
+
+
+@pytest.mark.parametrize("name", [bundles.MARKER, bundles.WEIGHTS])
+def test_missing_file(copy, name) -> None:
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        bundles.load(copy)
+
+
+def test_cut_weights(copy) -> None:
+    weights = copy / bundles.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BundleError, match="copy it again"):
+        bundles.load(copy)
+
+
+def test_changed_content(copy) -> None:
+    edit(copy, lambda content: content["action_normalizer"]["q01"].__setitem__(0, 9.0), rehash=False)
+    with pytest.raises(BundleError, match="sha256"):
+        bundles.load(copy)
+
+
+def test_not_json(copy) -> None:
+    (copy / bundles.MARKER).write_text("{")
+    with pytest.raises(BundleError, match="JSON"):
+        bundles.load(copy)
+
+
+def test_unknown_field_is_refused_with_the_nearest_name(copy) -> None:
+    edit(copy, lambda content: content["model"].update(horizn=3))
+    with pytest.raises(BundleError, match="horizon"):
+        bundles.load(copy)
+
+
+def test_unknown_family_and_version(copy) -> None:
+    edit(copy, lambda content: content.update(format_version=99))
+    with pytest.raises(BundleError, match="format_version"):
+        bundles.load(copy)
+    edit(copy, lambda content: content.update(family="vlaa"))
+    with pytest.raises(BundleError, match="vla"):
+        bundles.load(copy)
+
+
+def test_missing_statistics(copy) -> None:
+    edit(copy, lambda content: content["action_normalizer"].pop("q99"))
+    with pytest.raises(BundleError, match="q99"):
+        bundles.load(copy)
+
+
+def test_wrong_tokenizer_for_these_weights(copy) -> None:
+    from vla.tokenizers import BinTokenizer
+
+    edit(copy, lambda content: content.update(action_tokenizer=BinTokenizer().to_dict()))
+    with pytest.raises(BundleError, match="action_vocab"):
+        bundles.load(copy)
+
+
+def test_a_class_path_in_a_file_is_never_followed(copy) -> None:
+    edit(copy, lambda content: content["model"].update(_target_="os.system"))
+    with pytest.raises(BundleError, match="_target_"):
+        bundles.load(copy)

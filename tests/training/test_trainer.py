@@ -1,0 +1,128 @@
+"""Training: exact resume, what a step sees, clear refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from vla.data.lerobot import LeRobotDataset
+from vla.errors import ConfigError, DataError, StatisticsError
+from vla.training.dataset import IGNORE, TrainingData, sample_frames
+from vla.training.trainer import Trainer, train
+
+
+def curve(folder) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_killed_run_continues_on_the_same_loss_curve(tiny_dataset, tmp_path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny_config(tiny_dataset, whole))
+    trainer = Trainer(tiny_config(tiny_dataset, killed))
+    for _ in range(4):  # the checkpoint of step 3 is what a kill at step 4 leaves behind
+        trainer.step()
+        if trainer.step_number == 3:
+            trainer.save()
+    del trainer
+    rows = []
+    train(tiny_config(tiny_dataset, killed), rows.append)
+    assert rows[-1]["event"] == "validation"
+    start = next(row for row in rows if row["event"] == "start")
+    assert start["resumed"] and start["step"] == 3
+    expected, got = curve(whole), curve(killed)
+    assert {step: got[step] for step in (4, 5, 6)} == {step: expected[step] for step in (4, 5, 6)}
+    a = torch.load(whole / "checkpoint.pt", weights_only=True)
+    b = torch.load(killed / "checkpoint.pt", weights_only=True)
+    for part in ("model", "average"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), part
+
+
+def test_another_configuration_does_not_continue_a_run(tiny_dataset, tmp_path) -> None:
+    Trainer(tiny_config(tiny_dataset, tmp_path)).save()
+    with pytest.raises(ConfigError, match="batch_size, lr"):
+        Trainer(tiny_config(tiny_dataset, tmp_path, lr=5e-4, batch_size=4)).resume()
+
+
+def test_a_damaged_checkpoint_is_named(tiny_dataset, tmp_path) -> None:
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
+    trainer.save()
+    trainer.checkpoint_path.write_bytes(trainer.checkpoint_path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.pt"):
+        trainer.resume()
+
+
+def test_loss_falls_when_a_batch_is_repeated(tiny_dataset, tmp_path) -> None:
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, steps=60, lr=3e-3))
+    trainer.data.train_frames = trainer.data.train_frames[:8]
+    first = float(trainer.step()["loss"])
+    for _ in range(40):
+        last = float(trainer.step()["loss"])
+    assert last < 0.7 * first
+
+
+def test_targets_see_the_future_only(tiny_dataset) -> None:
+    data = TrainingData(LeRobotDataset(tiny_dataset), horizon=16)
+    frames = data.val_frames
+    chunk = data.chunks(frames)
+    actions = data.action_normalizer.normalize(np.asarray(data.dataset.column("action"), np.float32))
+    assert np.array_equal(chunk[:, 0], actions[frames])
+    assert not set(data.train_frames) & set(data.val_frames)
+    # a keyframe is where the gripper changes, or the end; never before the frame, never in another episode
+    keyframes = data._keyframe_rows
+    owner = np.asarray(data.dataset.episode_of)
+    assert (keyframes >= np.arange(len(keyframes))).all() and (owner[keyframes] == owner).all()
+    gripper = np.sign(np.asarray(data.dataset.column("action"))[:, -1])
+    for frame in frames[::7]:
+        inside = gripper[frame : keyframes[frame] + 1]
+        assert (inside == inside[0]).all()
+
+
+def test_every_frame_is_seen_once_per_epoch() -> None:
+    frames = np.arange(100, 164)
+    seen = np.concatenate([sample_frames(3, step, frames, 8) for step in range(8)])
+    assert sorted(seen) == list(frames)
+    assert not np.array_equal(seen[:8], sample_frames(3, 8, frames, 8))
+    assert np.array_equal(sample_frames(3, 11, frames, 8), sample_frames(3, 11, frames, 8))
+
+
+def test_padding_carries_no_loss(tiny_dataset, tmp_path) -> None:
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
+    batch = trainer.data.batch(trainer.data.train_frames[:8])
+    for row in batch.tokens:
+        ids = row[row != IGNORE]
+        assert (row[len(ids) :] == IGNORE).all()
+        assert int(trainer.tokenizer.token_lengths[ids].sum()) == 16 * 7
+
+
+def test_missing_statistics_stop_training(tiny_dataset, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(tiny_dataset, copy)
+    stats = json.loads((copy / "meta/stats.json").read_text())
+    del stats["action"]
+    (copy / "meta/stats.json").write_text(json.dumps(stats))
+    with pytest.raises(StatisticsError, match="action"):
+        Trainer(tiny_config(copy, tmp_path / "out"))
+
+
+def test_divergence_is_an_error(tiny_dataset, tmp_path) -> None:
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
+    with torch.no_grad():
+        trainer.model.head.logits.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        trainer.step()
+
+
+def test_rollouts_are_called_with_the_bundle(tiny_dataset, tmp_path) -> None:
+    seen = []
+
+    def rollout(bundle, step):
+        seen.append((step, bundle.embodiment.name))
+        return {"success": 0.5}
+
+    train(tiny_config(tiny_dataset, tmp_path, rollout_every=3), rollout=rollout)
+    assert seen == [(3, "tabletop"), (6, "tabletop")]
