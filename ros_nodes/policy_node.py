@@ -11,6 +11,7 @@ also receives, 20 times a second, and stays silent while one inference hangs for
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ros_nodes import entry
 from ros_nodes.messages import (
     ERROR,
     OK,
@@ -54,7 +56,8 @@ from vla.types import NS_PER_S, ActionChunk, Observation, check_instruction
 
 _FRAMES_KEPT = 8  # per camera: enough to find one that fits the other cameras
 _STATES_KEPT = 64  # 0.13 s at 500 Hz
-_LATENCIES_KEPT = 400
+_LATENCIES_KEPT = 20_000
+_LATENCIES_SHOWN = 400  # the newest ones make the heartbeat's percentiles
 
 
 class PolicyCore:
@@ -268,8 +271,9 @@ class PolicyCore:
         queue = int(self._waiting is not None) + int(self._running is not None)
         numbers = {"queue": str(queue), "chunks": str(self._chunks), "failed": str(self._refused)}
         if self._latencies_ms:
+            newest = list(self._latencies_ms)[-_LATENCIES_SHOWN:]
             for key, share in (("p50", 50), ("p95", 95), ("p99", 99)):
-                numbers[f"latency_ms_{key}"] = f"{np.percentile(self._latencies_ms, share):.2f}"
+                numbers[f"latency_ms_{key}"] = f"{np.percentile(newest, share):.2f}"
         return numbers
 
     def close(self, now: Now) -> Effects:
@@ -316,4 +320,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(entry.run(main))

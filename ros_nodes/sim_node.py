@@ -16,11 +16,13 @@ process: with `--policy expert` the privileged expert runs inside it and speaks 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import deque
 from typing import Any
 
 import numpy as np
 
+from ros_nodes import entry
 from ros_nodes.messages import (
     OK,
     Clock,
@@ -380,4 +382,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(entry.run(main))
