@@ -65,5 +65,5 @@ def test_frames_of_another_size_are_counted_not_fatal(tmp_path: Path) -> None:
 def test_scratch_files_go_away(tmp_path: Path) -> None:
     recorder = recorded(tmp_path)
     assert list(tmp_path.iterdir())
-    recorder.dispose()
+    recorder.close()
     assert not list(tmp_path.iterdir())

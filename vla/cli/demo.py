@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from vla.cli.demo_run import Plan, Run, disposing
+    from vla.cli.demo_run import Plan, Run
     from vla.cli.results import write_results
     from vla.errors import VlaError
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed < EVAL_SEED_START and policy != "expert":
         console.print(f"note: a policy may have been trained on seeds below {EVAL_SEED_START}")
     run_ = Run(plan)
-    with disposing(run_.recorder):
+    with closing(run_.recorder):
         console.print(f"starting {', '.join(_nodes(policy))} on ROS domain {run_.graph.domain}, loopback")
         failure: VlaError | None = None
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
@@ -147,7 +148,10 @@ def _finish(run_: Run, record: RunRecord, console: Console, film: bool) -> None:
     film_path, trace_path = out / "episodes.mp4", out / "trace.mcap"
     if film and run_.recorder.frames:
         try:
-            with console.status("writing the film") if console.is_terminal else _quiet():
+            busy: AbstractContextManager[object] = nullcontext()
+            if console.is_terminal:
+                busy = console.status("writing the film")
+            with busy:
                 rate = max(1, round(record.rate_hz))
                 write_film(film_path, run_.recorder.shots(run_.plan.episodes, rate), rate)
                 run_.add_pictures()
@@ -159,12 +163,6 @@ def _finish(run_: Run, record: RunRecord, console: Console, film: bool) -> None:
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
     console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _quiet() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _default_policy(env: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,15 +181,6 @@ def clear(out: Path) -> None:
     for folder in OUTPUT_FOLDERS:
         for file in (out / folder).glob("*"):
             file.unlink()
-
-
-@contextmanager
-def disposing(recorder: Recorder) -> Iterator[Callable[[], int]]:
-    """Scratch frames are removed on every way out."""
-    try:
-        yield lambda: recorder.frames
-    finally:
-        recorder.dispose()
 
 
 def _words(stop: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ class Recorder:
                     Picture.fromarray(self._spools[camera][index]).save(buffer, "JPEG", quality=quality)
                     yield camera, stamp_ns, buffer.getvalue()
 
-    def dispose(self) -> None:
+    def close(self) -> None:
         """Remove the scratch files."""
         for spool in self._spools.values():
             spool.close()
