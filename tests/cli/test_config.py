@@ -65,6 +65,7 @@ def test_misspelt_override_offers_the_nearest_name(folder: Path, override: str, 
 def test_missing_value_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"job\.out"):
         compose("job", [], folder)
+    assert compose("job", [], folder, allow_missing=True)["job"]["out"] == "???"
 
 
 def test_unknown_config_offers_the_nearest(folder: Path) -> None:

@@ -17,11 +17,13 @@ from vla.errors import ConfigError, explain, nearest
 from vla.resources import config_dir
 
 
-def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> dict[str, Any]:
+def compose(
+    name: str, overrides: Sequence[str] = (), directory: Path | None = None, allow_missing: bool = False
+) -> dict[str, Any]:
     """The config `name` with `overrides` as plain dicts, lists and scalars.
 
     overrides: Hydra's grammar (`train.steps=100`, `model=tiny`, `+extra=1`). directory: a config folder of the user's
-    own; shipped configs by default. Raises ConfigError, with the nearest known name, for whatever does not fit.
+    own; shipped configs by default. allow_missing: leave "???" where a value without a default is not given. Raises ConfigError, with the nearest known name, for whatever does not fit.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -50,7 +52,7 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
                 if not _is_group(item, folder):
                     _check_key(item, set(_paths(base)))
             config = hydra_compose(name, overrides=list(overrides))
-            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=not allow_missing)
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise ConfigError(explain(key, "a value", "none", f"It has no default: pass {key}=...")) from error

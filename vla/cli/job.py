@@ -23,7 +23,7 @@ def compose_job(args: argparse.Namespace, name: str) -> Any:
     """What configs/NAME.yaml constructs with the overrides; None when it was only to be shown."""
     from vla.cli.config import build, compose
 
-    plain = compose(name, args.overrides)
+    plain = compose(name, args.overrides, allow_missing=args.show)
     if args.show:
         import yaml
 
