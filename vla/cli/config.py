@@ -23,7 +23,8 @@ def compose(
     """The config `name` with `overrides` as plain dicts, lists and scalars.
 
     overrides: Hydra's grammar (`train.steps=100`, `model=tiny`, `+extra=1`). directory: a config folder of the user's
-    own; shipped configs by default. allow_missing: leave "???" where a value without a default is not given. Raises ConfigError, with the nearest known name, for whatever does not fit.
+    own; shipped configs by default. allow_missing: leave "???" where a value that has no default is not given.
+    Raises ConfigError, with the nearest known name, for whatever does not fit.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
