@@ -39,6 +39,7 @@ from ros_nodes.node import (
     DIAGNOSTICS,
     HEARTBEAT,
     HEARTBEAT_TIMEOUT_NS,
+    IDLE_BEATS,
     JOINT_STATES,
     REQUEST,
     SIM_STATUS,
@@ -53,10 +54,10 @@ from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, VlaError, explain, nearest
 from vla.policy import DecodeReport, InferResult
-from vla.runtime.gate import Gate, Reason, Verdict
-from vla.runtime.loop import ControlLoop
+from vla.runtime.gate import Reason, Verdict
+from vla.runtime.loop import ControlLoop, control_loop
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
-from vla.runtime.summary import stop_reasons, summarize
+from vla.runtime.summary import late_actions, stop_reasons, summarize
 from vla.runtime.trace import EpisodeRow, Trace
 from vla.types import NS_PER_S
 
@@ -92,6 +93,7 @@ class CommandCore:
         self._joint_fault = "no joint states yet"
         self._beat_ns: int | None = None  # steady time of the last heartbeat
         self._policy_says = ""
+        self._idle_beats = 0  # since the open request was sent
         self._episode: dict[str, Any] | None = None
         self._phase = "idle"  # idle, armed (an episode is announced), running
         self._last_ns = 0
@@ -113,7 +115,7 @@ class CommandCore:
         elif isinstance(message, Trajectory):
             self._on_chunk(message, now)
         elif isinstance(message, Status):
-            self._beat_ns, self._policy_says = now.received_ns, message.message
+            self._on_heartbeat(message, now)
         elif topic == SIM_STATUS.topic and isinstance(message, Text):
             effects = self._guarded(topic, message, self._on_episode, now)
         elif topic == CONTROL.topic and isinstance(message, Text):
@@ -137,6 +139,18 @@ class CommandCore:
         except (TransportError, KeyError, TypeError, ValueError) as error:
             self._faults[topic] = f"{topic}: {type(error).__name__}: {error}"
             return ()
+
+    def _on_heartbeat(self, message: Status, now: Now) -> None:
+        """A sign of life. A policy that is back from a silence, or says several times in a row that it has nothing to
+        do, does not know of our request: restarted, or the message was lost. It is asked again at once."""
+        away = self._beat_ns is not None and now.received_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS
+        self._beat_ns, self._policy_says = now.received_ns, message.message
+        self._idle_beats = self._idle_beats + 1 if message.values.get("queue") == "0" else 0
+        if away:
+            self._loop.scheduler.new_sender()
+        if self._asked is not None and self._idle_beats >= (1 if away else IDLE_BEATS):
+            self._loop.scheduler.withdraw()
+            self._asked = None
 
     def _on_joints(self, message: JointState) -> None:
         index = {name: i for i, name in enumerate(message.names)}
@@ -283,7 +297,7 @@ class CommandCore:
         oldest_ns = now.stamp_ns - self._period_ns // 2
         context = scheduler.context(now.stamp_ns, self._episode["seed"], oldest_ns)
         number, seed = self._requests, self._episode["seed"]
-        self._requests, self._asked = number + 1, (number, now.stamp_ns)
+        self._requests, self._asked, self._idle_beats = number + 1, (number, now.stamp_ns), 0
         request = Request.of(context, self._episode["episode"], seed, number, oldest_ns, self._policy_number)
         return (Send(REQUEST.topic, request.text()),)
 
@@ -354,10 +368,10 @@ class CommandCore:
         if self._out is None or trace is None:
             return ""
         self._out.mkdir(parents=True, exist_ok=True)
-        trace.save_mcap(self._out / "trace.mcap")
         part = self._out / ".control.json.part"
         part.write_text(json.dumps({**summarize(trace), **self.summary()}, indent=1))
-        part.replace(self._out / "control.json")
+        part.replace(self._out / "control.json")  # before the trace: small, and what a run cut short is judged by
+        trace.save_mcap(self._out / "trace.mcap")
         return str(self._out)
 
     def close(self, now: Now) -> Effects:
@@ -365,8 +379,13 @@ class CommandCore:
         return ()
 
     def summary(self) -> dict[str, Any]:
-        reasons = {} if self._loop.trace is None else stop_reasons(self._loop.trace)
-        return {"commands": self._commands, "stop_reasons": reasons, "stops": self._stops}
+        trace = self._loop.trace
+        return {
+            "commands": self._commands,
+            "late_actions": 0 if trace is None else late_actions(trace),
+            "stop_reasons": {} if trace is None else stop_reasons(trace),
+            "stops": self._stops,
+        }
 
 
 def build_core(
@@ -379,16 +398,9 @@ def build_core(
     capacity: int = 1 << 18,
 ) -> CommandCore:
     """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take."""
-    kinematics = None
-    if embodiment.action_space != "osc_delta":
-        from vla.runtime.kinematics import Kinematics
-
-        kinematics = Kinematics(embodiment)
-    tool = None if kinematics is None else lambda q: kinematics.forward(q)[0]
     scheduler = SequentialScheduler(execute) if sequential else OverlappedScheduler(execute, lead)
     trace = Trace(embodiment, capacity, capacity // 8)
-    loop = ControlLoop(embodiment, scheduler, Gate(embodiment, tool), kinematics, trace)
-    return CommandCore(loop, out, slot_wait_s)
+    return CommandCore(control_loop(embodiment, scheduler, trace), out, slot_wait_s)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The pieces that collection and evaluation share: a control loop for an embodiment, and experts as policies."""
+"""Scripted experts by name, and as policies: what collection, evaluation and the simulator node share."""
 
 from __future__ import annotations
 
@@ -12,21 +12,7 @@ from sim.environment import Environment
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, nearest
 from vla.policy import InferContext, InferResult
-from vla.runtime.gate import Gate
-from vla.runtime.loop import ControlLoop
-from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
-from vla.types import ActionChunk, ControlMode, Observation
-
-
-def control_loop(embodiment: Embodiment, scheduler: SequentialScheduler | OverlappedScheduler) -> ControlLoop:
-    """The loop of this embodiment, with its kinematics and its gate: what every node and every evaluation runs."""
-    if embodiment.control_mode is ControlMode.OSC_DELTA:
-        return ControlLoop(embodiment, scheduler, Gate(embodiment))
-    from vla.runtime.kinematics import Kinematics  # mujoco and mink load only when joints are commanded
-
-    kinematics = Kinematics(embodiment)
-    gate = Gate(embodiment, tool_position=lambda q: kinematics.forward(q)[0])
-    return ControlLoop(embodiment, scheduler, gate, kinematics)
+from vla.types import ActionChunk, Observation
 
 
 class Expert(Protocol):

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from sim.control import Expert, control_loop
+from sim.control import Expert
 from vla.data.lerobot import IMAGE_PREFIX
 from vla.embodiment import Embodiment
 from vla.policy import InferContext, InferResult
-from vla.runtime.loop import run_episode
+from vla.runtime.loop import control_loop, run_episode
 from vla.runtime.scheduler import SequentialScheduler
 from vla.types import ActionChunk, Command, ControlMode, Observation
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from sim.control import ExpertPolicy, control_loop, make_expert
+from sim.control import ExpertPolicy, make_expert
 from sim.environment import EVAL_SEED_START, make
 from vla.errors import ConfigError, DataError, explain, nearest
 from vla.policy import InferContext, InferResult, Policy
 from vla.resources import bundle_path
-from vla.runtime.loop import ControlLoop, run_episode
+from vla.runtime.loop import ControlLoop, control_loop, run_episode
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.runtime.summary import percentiles, wilson_95
 from vla.types import Observation
@@ -230,7 +230,9 @@ def evaluate(
         env.embodiment.require_same(policy.embodiment, f"environment {config.env} and policy")
         tasks = _tasks(config, tuple(env.tasks))
         loop = control_loop(env.embodiment, _scheduler(config))
-        seen = BlankImages(policy) if control == "blank" else policy
+        seen: Policy = BlankImages(policy) if control == "blank" else PlainImages(policy)
+        if isinstance(policy, ExpertPolicy):  # it reads the simulator anyway, and never pays for rendering
+            seen = policy
         done = {record.seed for record in report.episodes}
         todo = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in done]
         for seed in _bar(todo, f"eval {config.env} ({control})", progress):
@@ -334,8 +336,11 @@ class _Swapped:
         return self._env.reset(seed=seed, options={**(options or {}), "swap": True})
 
 
-class BlankImages:
-    """A policy whose eyes are shut: every image is black, the rest is as it is."""
+class PlainImages:
+    """A policy that is shown pixels and nothing behind them.
+
+    Lazy images hold the environment that renders them, and with it the simulator's state; the policy gets copies.
+    """
 
     def __init__(self, policy: Policy):
         self._policy = policy
@@ -345,14 +350,22 @@ class BlankImages:
         self._policy.reset(seed)
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
-        black = {
-            camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in self.embodiment.cameras
-        }
-        blind = [
-            replace(o, images=black, history=tuple(replace(frame, images=black) for frame in o.history))
-            for o in observations
-        ]
-        return self._policy.infer_batch(blind, contexts)
+        return self._policy.infer_batch([self._plain(observation) for observation in observations], contexts)
+
+    def _plain(self, observation: Observation) -> Observation:
+        history = tuple(replace(frame, images=self._shown(frame.images)) for frame in observation.history)
+        return replace(observation, images=self._shown(observation.images), history=history)
+
+    def _shown(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: np.array(images[name]) for name in self.embodiment.camera_names}
+
+
+class BlankImages(PlainImages):
+    """A policy whose eyes are shut: every image is black, the rest is as it is."""
+
+    def _shown(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        cameras = self.embodiment.cameras
+        return {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in cameras}
 
 
 def _check_control(control: str) -> None:

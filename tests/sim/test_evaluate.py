@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,51 @@ def test_blank_hides_all_images_and_nothing_else(environment: Any) -> None:
         assert all(image.shape == (128, 128, 3) and not image.any() for image in images.values())
     assert seen.instruction == observation.instruction
     np.testing.assert_array_equal(seen.state, observation.state)
+
+
+def reachable(root: object) -> set[str]:
+    """Top-level packages of the types of all objects that can be reached from one, closures included."""
+    seen: dict[int, object] = {}
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (ModuleType, type)):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, FunctionType):  # what it was given, not the globals of its module
+            todo += [cell.cell_contents for cell in item.__closure__ or ()]
+        elif isinstance(item, MethodType):
+            todo += [item.__self__, item.__func__]
+        elif isinstance(item, np.ndarray):
+            todo.append(item.base)
+        else:
+            todo += gc.get_referents(item)
+    return {type(item).__module__.partition(".")[0] for item in seen.values()}
+
+
+def test_no_simulator_state_is_reachable_from_what_a_policy_is_given(environment: Any) -> None:
+    """Not through images, state, instruction or context: neither the environment nor mujoco's data behind it."""
+
+    class Prisoner(HoldPolicy):
+        found: set[str]
+
+        def reset(self, seed: int) -> None:
+            self.found = set()
+
+        def infer_batch(
+            self, observations: Sequence[Observation], contexts: Sequence[InferContext]
+        ) -> list[InferResult]:
+            self.found |= reachable([*observations, *contexts])
+            return super().infer_batch(observations, contexts)
+
+    observation, _ = environment.reset(seed=EVAL_SEED_START)
+    assert {"sim", "mujoco"} <= reachable(observation), "lazy images do hold the simulator: the search works"
+    prisoner = Prisoner(environment.embodiment)
+    for control in ("none", "blank"):
+        evaluate(prisoner, replace(STEPWISE, episodes=1), control, environment=environment)
+        assert prisoner.found and not prisoner.found & {"sim", "mujoco", "gymnasium", "robosuite", "libero"}
+    assert set(observation.images) == set(environment.embodiment.camera_names)
+    assert observation.state.shape == (len(environment.embodiment.state_names),)
 
 
 def test_a_report_continues(environment: Any, tmp_path: Path) -> None:

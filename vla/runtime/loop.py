@@ -1,6 +1,7 @@
 """The one loop: due action -> tool limits -> inverse kinematics -> Gate -> Command. Simulation, ROS 2 and tests run it.
 
-numpy only; kinematics and policies are handed in. `tick` does not log: it appends one row to a preallocated Trace.
+numpy only; policies are handed in, and so is the solver, except in `control_loop`, which loads the one of the
+embodiment when its actions need one. `tick` does not log: it appends one row to a preallocated Trace.
 """
 
 from __future__ import annotations
@@ -150,6 +151,19 @@ class ControlLoop:
 
     def _command(self, now_ns: int, decision: Decision) -> Command:
         return Command(self.embodiment.control_mode, decision.values, now_ns, decision.reason.text)
+
+
+def control_loop(
+    embodiment: Embodiment, scheduler: SequentialScheduler | OverlappedScheduler, trace: Trace | None = None
+) -> ControlLoop:
+    """The loop of this embodiment, with its kinematics and its gate: what the command node and every evaluation run."""
+    if embodiment.control_mode is ControlMode.OSC_DELTA:
+        return ControlLoop(embodiment, scheduler, Gate(embodiment), trace=trace)
+    from vla.runtime.kinematics import Kinematics  # mujoco and mink load only when joints are commanded
+
+    kinematics = Kinematics(embodiment)
+    gate = Gate(embodiment, tool_position=lambda q: kinematics.forward(q)[0])
+    return ControlLoop(embodiment, scheduler, gate, kinematics, trace)
 
 
 @dataclass(frozen=True)
