@@ -1,0 +1,117 @@
+"""Embodiments: what differs is refused by name, all of it at once; what is written in files is checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla.embodiment import Camera, Embodiment
+from vla.errors import ConfigError, EmbodimentMismatch, ObservationError
+from vla.resources import load_embodiment
+from vla.types import ActionChunk, ControlMode, Observation, check_instruction
+
+ROBOT = load_embodiment("tabletop")
+# field of the message -> the change that makes it differ
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "camera_names": {"cameras": tuple(reversed(ROBOT.cameras))},
+    "action_names": {"action_names": tuple(reversed(ROBOT.action_names))},
+    "action_units": {"action_units": ("mm", *ROBOT.action_units[1:])},
+    "state_names": {"state_names": tuple(reversed(ROBOT.state_names))},
+    "rotation_format": {"rotation_format": "euler_xyz"},
+    "gripper_open": {"gripper_open": -1},
+    "rate_hz": {"rate_hz": 10.0},
+    "action_space": {"action_space": "joint_position"},
+    "control_mode": {"control_mode": ControlMode.OSC_DELTA},
+}
+
+
+@pytest.mark.parametrize("field", DIFFERENCES)
+def test_each_difference_is_named_with_both_sides(field: str) -> None:
+    other = replace(ROBOT, **DIFFERENCES[field])
+    (line,) = ROBOT.differences(other)
+    assert line.startswith(f"{field}: ") and " != " in line
+    assert other.differences(ROBOT)[0] != line
+    with pytest.raises(EmbodimentMismatch, match=rf"robot and policy: 1 difference.*{field}: .*made for this robot"):
+        ROBOT.require_same(other, "robot and policy")
+
+
+def test_all_differences_are_named_at_once() -> None:
+    other = replace(ROBOT, **{key: value for change in DIFFERENCES.values() for key, value in change.items()})
+    with pytest.raises(EmbodimentMismatch) as caught:
+        ROBOT.require_same(other, "robot and policy")
+    assert all(f"{field}: " in str(caught.value) for field in DIFFERENCES)
+    assert f"{len(DIFFERENCES)} difference(s)" in str(caught.value)
+
+
+def test_what_a_policy_does_not_see_may_differ() -> None:
+    ROBOT.require_same(replace(ROBOT, name="another", command_topic="/other", max_tool_speed_m_s=0.1), "two arms")
+
+
+def test_plain_data_rebuilds_the_same() -> None:
+    assert Embodiment.from_dict(ROBOT.to_dict()) == ROBOT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate_hs": 20}, "Did you mean 'rate_hz'"),
+        ({"action_space": "ee_detla"}, "Did you mean 'ee_delta'"),
+        ({"rotation_format": "axis-angle"}, "Did you mean 'axis_angle'"),
+        ({"control_mode": "joint_positions"}, "Did you mean 'joint_position'"),
+        ({"gripper_open": 0}, r"gripper_open: expected \+1 or -1"),
+        ({"rate_hz": 0.0}, "rate_hz: expected a positive rate"),
+        ({"action_units": ["m"]}, "action_units: expected 7 entries"),
+        ({"cameras": [{"name": "agentview", "heigth": 128, "width": 128}]}, "Did you mean 'height'"),
+        ({"cameras": [{"name": "agentview", "width": 128}]}, "height"),
+    ],
+)
+def test_wrong_files_are_refused_by_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Embodiment.from_dict(ROBOT.to_dict() | change)
+
+
+def test_a_missing_key_is_named() -> None:
+    data = ROBOT.to_dict()
+    del data["state_names"]
+    with pytest.raises(ConfigError, match="state_names"):
+        Embodiment.from_dict(data)
+
+
+def test_an_unknown_camera_offers_the_nearest() -> None:
+    assert ROBOT.camera("wrist").topic == "/camera/wrist/image_raw"
+    with pytest.raises(ConfigError, match="Did you mean 'wrist'"):
+        ROBOT.camera("wirst")
+
+
+def test_stop_holds_where_the_arm_is_and_does_not_share_memory() -> None:
+    positions = np.array(ROBOT.home)
+    stop = ROBOT.stop(positions, 5)
+    np.testing.assert_array_equal(stop.values, positions)
+    positions += 1
+    assert not np.array_equal(stop.values, positions) and stop.stamp_ns == 5
+    with pytest.raises(ConfigError, match="positions: expected 8"):
+        ROBOT.stop(positions[:3])
+    osc = replace(ROBOT, control_mode=ControlMode.OSC_DELTA, cameras=(Camera("a", 8, 8),))
+    assert not osc.stop().values.any()
+
+
+def test_due_times_of_a_chunk() -> None:
+    chunk = ActionChunk(np.zeros((4, 7), np.float32), 1_000, 0.05)
+    assert len(chunk) == 4 and chunk.due_ns(2) == 1_000 + 100_000_000 and chunk.end_ns == 1_000 + 200_000_000
+    with pytest.raises(ObservationError, match="T >= 1"):
+        ActionChunk(np.zeros((0, 7), np.float32), 0, 0.05)
+
+
+def test_instructions_and_states_that_cannot_be_used() -> None:
+    assert check_instruction("  push the cube \n") == "push the cube"
+    assert len(check_instruction("x" * 1000)) == 1000
+    for text, words in (("", "empty text"), (" \n\t", "empty text"), ("x" * 10_000, "10000 characters")):
+        with pytest.raises(ObservationError, match=words):
+            check_instruction(text)
+        with pytest.raises(ObservationError, match=words):
+            Observation({}, np.zeros(7, np.float32), text, 0).check()
+    with pytest.raises(ObservationError, match=r"NaN or infinity at index \[1, 3\]"):
+        Observation({}, np.array([0, np.nan, 0, np.inf]), "push", 0).check()
