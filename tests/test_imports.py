@@ -27,9 +27,9 @@ NUMPY_ONLY = ("vla.types", "vla.embodiment", "vla.policy", "vla.errors", "vla.re
 NO_TORCH = (*NUMPY_ONLY, "vla.runtime", "policies.hold")
 # third-party packages -> rooms that may import them
 ONLY_IN = {
-    "mujoco": ("vla.runtime.kinematics", "vla.cli", "sim"),
-    "mink": ("vla.runtime.kinematics", "sim"),
-    "hydra": ("vla.cli", "sim.collect", "sim.evaluate"),
+    "mujoco": ("vla.runtime.kinematics", "sim"),
+    "mink": ("vla.runtime.kinematics",),
+    "hydra": ("vla.cli",),
     "omegaconf": ("vla.cli",),
     "rclpy": ("ros_nodes",),
     "cyclonedds": ("ros_nodes",),
