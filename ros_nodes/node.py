@@ -57,6 +57,7 @@ DIAGNOSTICS = Endpoint("/diagnostics", Diagnostics.type_name)
 
 HEARTBEAT_PERIOD_NS = 50_000_000
 HEARTBEAT_TIMEOUT_NS = 150_000_000
+IDLE_BEATS = 3  # heartbeats in a row that say "nothing to do" while a request is open: it, or its answer, was lost
 
 
 # ---- time and effects ----

@@ -11,6 +11,7 @@ also receives, 20 times a second, and stays silent while one inference hangs for
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import time
 from collections import deque
@@ -65,7 +66,8 @@ class PolicyCore:
     publishes its state vector on /state (embodiments without a kinematic model).
 
     slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation.
-    hang_limit_s: an inference that takes longer silences the heartbeat.
+    hang_limit_s: an inference that takes longer silences the heartbeat. first_number: of this process's chunks; far
+    from those of any other policy, so that the command node can tell them apart.
     """
 
     name = "vla_policy"
@@ -76,7 +78,8 @@ class PolicyCore:
         state: Callable[[np.ndarray], np.ndarray] | None,
         slop_s: float = 0.02,
         max_age_s: float = 0.5,
-        hang_limit_s: float = 1.0,
+        hang_limit_s: float = 0.5,
+        first_number: int = 0,
     ):
         self._policy, self._state_of = policy, state
         self._robot: Embodiment = policy.embodiment
@@ -103,7 +106,7 @@ class PolicyCore:
         self._running: tuple[Request, int] | None = None
         self._episode: int | None = None
         self._previous: tuple[int, InferResult] | None = None
-        self._chunks = 0
+        self._chunks, self._first_number = 0, first_number
         self._latencies_ms: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._last: dict[str, str] = {}
         self._refused = 0
@@ -240,7 +243,8 @@ class PolicyCore:
             return self._try_to_infer(now)
         self._faults.pop("inference", None)
         result, latency_ms = value
-        self._previous = (self._chunks, result)
+        number = self._first_number + self._chunks
+        self._previous = (number, result)
         self._latencies_ms.append(latency_ms)
         report = result.report
         self._last = {
@@ -248,7 +252,7 @@ class PolicyCore:
             "confidence": f"{report.confidence:.3f}", "reused": report.reused,
         }  # fmt: skip
         chunk_id = ChunkId(
-            request.episode, request.number, self._chunks, round(latency_ms * 1e3), report.passes, report.repaired
+            request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired
         )
         self._chunks += 1
         message = chunk_to_trajectory(result.chunk, self._robot.action_names, chunk_id.text())
@@ -305,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--max-age", type=float, default=0.5, metavar="S", help="oldest usable observation")
     parser.add_argument(
-        "--hang-limit", type=float, default=1.0, metavar="S", help="inference time that silences the heartbeat"
+        "--hang-limit", type=float, default=0.5, metavar="S", help="inference time that silences the heartbeat"
     )
     wheel_shell.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -315,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         from vla.runtime.kinematics import Kinematics
 
         state = Kinematics(policy.embodiment).state
-    core = PolicyCore(policy, state, options.slop, options.max_age, options.hang_limit)
+    core = PolicyCore(policy, state, options.slop, options.max_age, options.hang_limit, secrets.randbits(40) << 10)
     wheel_shell.run(core, options)
 
 

@@ -249,7 +249,7 @@ class SimCore:
             self._stamp_ns = now.stamp_ns - self._slice_ns
         effects: list[Effect] = []
         if self._expert is not None and self._beat.due(now.steady_ns):
-            numbers = {"chunks": str(self._chunks), "queue": "0"}
+            numbers = {"chunks": str(self._chunks), "queue": str(int(self._request is not None))}
             effects.append(Send(HEARTBEAT.topic, Status(OK, "expert", "ready", numbers, self._robot.name)))
         if not self._busy:
             count = self._slices.due(now.steady_ns)

@@ -53,6 +53,7 @@ class Driver:
         self.answer_after_ns = 20 * MS
         self.number = 0
         self.pending: list[tuple[int, Request]] = []
+        self.lose = self.lose_chunks = 0  # so many of the next requests, or answers, are lost
         self.names = ROBOT.command_names
         self.offset = np.zeros(len(self.names))  # of the measured positions
 
@@ -65,7 +66,9 @@ class Driver:
                 self.perform(self.core.on_result(effect.name, effect.run(), self.now()))
                 continue
             self.sent.append((self.time_ns, effect))
-            if effect.topic == REQUEST.topic and self.policy_alive:
+            if effect.topic == REQUEST.topic and self.lose:
+                self.lose -= 1
+            elif effect.topic == REQUEST.topic and self.policy_alive:
                 self.pending.append((self.time_ns + self.answer_after_ns, Request.read(effect.message)))
             elif effect.topic == ROBOT.command_topic:
                 self.positions = effect.message.data.copy()
@@ -84,6 +87,9 @@ class Driver:
         chunk = ActionChunk(rows if actions is None else actions, request.start_ns + PERIOD // 2, 0.05)
         identity = ChunkId(request.episode, request.number, self.number if number is None else number, 20_000)
         self.number += 1
+        if self.lose_chunks:
+            self.lose_chunks -= 1
+            return
         self.give(CHUNK.topic, m.chunk_to_trajectory(chunk, ROBOT.action_names, identity.text()))
 
     def run(self, milliseconds: int) -> None:
@@ -96,7 +102,8 @@ class Driver:
                     m.JointState(stamp, self.names, self.positions + self.offset, np.zeros(len(self.names))),
                 )
             if self.policy_alive and self.time_ns % PERIOD == 7 * MS:
-                self.give(HEARTBEAT.topic, m.Status(m.OK, "policy", "ready"))
+                queue = {"queue": str(int(bool(self.pending)))}
+                self.give(HEARTBEAT.topic, m.Status(m.OK, "policy", "ready", queue))
             while self.policy_alive and self.pending and self.pending[0][0] <= self.time_ns:
                 self.chunk(self.pending.pop(0)[1])
             if self.time_ns >= self.core.next_tick_ns:
@@ -107,6 +114,9 @@ class Driver:
 
     def status(self) -> dict[str, Any]:
         return [s.message for _, s in self.sent if s.topic == CONTROL_STATUS.topic][-1].object()
+
+    def status_now(self) -> dict[str, Any]:
+        return self.core._status(self.now()).message.object()  # type: ignore[union-attr]
 
     def diagnosis(self) -> m.Status:
         return [s.message for _, s in self.sent if s.topic == DIAGNOSTICS.topic][-1].statuses[0]
@@ -159,6 +169,47 @@ def test_a_silent_policy_is_noticed_at_150_ms_although_actions_are_still_due() -
     driver.policy_alive = True
     driver.run(1500)
     assert driver.status()["verdict"] in ("pass", "reshape") and driver.diagnosis().level in (m.OK, m.WARN)
+
+
+def moving_again_after_ms(driver: Driver) -> int:
+    """From the first heartbeat on, which comes within a period."""
+    driver.run((7 - driver.time_ns // MS % 50) % 50 or 50)
+    for waited in range(0, 3000, 5):
+        if driver.status_now()["verdict"] in ("pass", "reshape"):
+            return waited
+        driver.run(5)
+    raise AssertionError(driver.status())
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the first request"])
+def test_a_policy_restarted_in_mid_episode_goes_on_at_once(lost: str) -> None:
+    driver = Driver().moving()
+    driver.policy_alive = False
+    driver.run(3230)
+    driver.pending.clear()  # what was asked of the old process
+    driver.policy_alive, driver.number = True, 7 << 10
+    if lost != "nothing":
+        driver.lose = 1
+    waited = moving_again_after_ms(driver)
+    assert waited <= (120 if lost == "nothing" else 320), waited
+    assert driver.status()["episode"] == 0 and not driver.status()["refused"]
+
+
+@pytest.mark.parametrize("kind", ["request", "answer", "late answer"])
+def test_a_lost_or_late_message_costs_no_more_than_its_chunk(kind: str) -> None:
+    driver = Driver().moving()
+    asked = len([s for _, s in driver.sent if s.topic == REQUEST.topic])
+    driver.lose = int(kind == "request")
+    driver.lose_chunks = int(kind == "answer")
+    driver.answer_after_ns = 1200 * MS if kind == "late answer" else 20 * MS  # longer than a request stays open
+    while len([s for _, s in driver.sent if s.topic == REQUEST.topic]) <= asked:
+        driver.run(1)
+    driver.answer_after_ns = 20 * MS
+    driver.run(250 if kind != "late answer" else 1300)
+    assert driver.status_now()["verdict"] in ("pass", "reshape")
+    driver.run(1000)
+    assert driver.status_now()["verdict"] in ("pass", "reshape") and not driver.status()["refused"]
+    assert driver.status()["missed"] == 0 or kind == "late answer"
 
 
 FAULTS = {

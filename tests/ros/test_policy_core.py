@@ -117,6 +117,23 @@ def test_a_request_is_answered_with_the_synchronised_observation() -> None:
     assert beat is not None and beat.level == m.OK and beat.values["chunks"] == "1" and "latency_ms_p99" in beat.values
 
 
+def test_it_hears_sensors_words_and_requests_and_nothing_else() -> None:
+    core = Driver().core
+    assert {e.topic for e in core.subscriptions} == {AGENT, WRIST, JOINT_STATES.topic, INSTRUCTION.topic, REQUEST.topic}
+    assert set(vars(Request(0, 0, 0, 0))) == {
+        "episode", "seed", "number", "start_ns", "infer_seed", "previous", "previous_start_ns", "executed", "committed",
+    }  # fmt: skip
+
+
+def test_chunk_numbers_begin_where_no_other_policy_does() -> None:
+    driver = Driver(first_number=5 << 10).ready()
+    driver.ask()
+    assert ChunkId.read(driver.chunks[0].frame_id).number == 5 << 10
+    driver.ask(number=1, previous=5 << 10, previous_start_ns=T0, executed=3)
+    assert driver.policy.seen[1][1].previous is not None
+    assert driver.beat().values["chunks"] == "2"
+
+
 def test_joints_are_matched_by_name() -> None:
     driver = Driver()
     driver.give(INSTRUCTION.topic, m.Text("push"))

@@ -110,6 +110,22 @@ def test_slots_that_a_stalled_loop_slept_through_are_missed_not_executed_late():
     assert (scheduler.due_actions, scheduler.missed_actions, scheduler.late_actions) == (2, 3, 0)
 
 
+def test_a_stall_without_actions_misses_every_slot_and_a_second_tick_in_a_slot_none():
+    scheduler = SequentialScheduler()
+    scheduler.context(0, 0)
+    scheduler.submit(chunk(0, 3), 0)
+    for tick in range(3):
+        assert scheduler.due(tick * PERIOD_NS) is not None
+    for now, missed in ((3.0, 1), (3.2, 1), (13.2, 11), (14.0, 12), (15.0, 13)):
+        assert scheduler.due(int(now * PERIOD_NS)) is None
+        assert scheduler.missed_actions == missed, now
+    scheduler.reset(0)
+    scheduler.context(0, 0)
+    scheduler.submit(chunk(0, 3), 0)
+    assert scheduler.due(0) is not None and scheduler.due(20 * PERIOD_NS) is None
+    assert scheduler.missed_actions == 20, "two of the chunk, and all that it did not reach"
+
+
 def test_jittered_ticks_neither_skip_nor_repeat():
     rng = np.random.default_rng(0)
     scheduler = SequentialScheduler()
@@ -190,6 +206,27 @@ def test_of_two_policies_only_one_is_heard_and_a_restarted_one_goes_on():
     assert offer(scheduler, 7, 4) == ""
     assert offer(scheduler, 0, 5) == "number does not follow"
     assert offer(scheduler, 1, 6) == "", "two in a row: the policy was restarted"
+
+
+def test_lost_chunks_of_one_sender_do_not_make_it_a_stranger():
+    scheduler = OverlappedScheduler()
+    assert offer(scheduler, 5, 0) == "" == offer(scheduler, 9, 1)
+    assert offer(scheduler, 9, 2) == offer(scheduler, 8, 3) == "number does not follow"
+
+
+def test_after_a_silence_the_request_is_withdrawn_and_a_new_sender_heard_at_once():
+    scheduler = OverlappedScheduler()
+    assert offer(scheduler, 5000, 0) == ""
+    for tick in range(8):
+        scheduler.due(tick * PERIOD_NS)
+    assert scheduler.should_infer(7 * PERIOD_NS)
+    scheduler.context(7 * PERIOD_NS, 0)
+    assert not scheduler.should_infer(8 * PERIOD_NS)
+    scheduler.withdraw()
+    assert scheduler.should_infer(8 * PERIOD_NS)
+    assert scheduler.submit(chunk(8 * PERIOD_NS), 8 * PERIOD_NS, 5001) == "not asked for"
+    scheduler.new_sender()
+    assert offer(scheduler, 0, 8 * PERIOD_NS) == ""
 
 
 def test_a_clock_that_jumps_back_voids_every_due_time():

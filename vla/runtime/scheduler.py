@@ -25,6 +25,7 @@ from vla.types import NS_PER_S, ActionChunk
 # or is past. Wider than half a period on purpose: a tick grid half a period out of phase must not flap.
 SLOT_TOLERANCE = 0.75
 LATE_FRACTION = 0.5  # of a period; executed later than that counts as late
+MAX_GAP = 16  # chunks of one sender that may be lost in a row; senders begin their numbers much further apart
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class _ChunkScheduler:
         self._number: int | None = None  # of the sender's last accepted chunk
         self._stranger: int | None = None  # of the sender's last refused chunk
         self._waiting = False
+        self._slot_ns: int | None = None  # of the last slot that had an action, or was counted as missed
+        self._period_ns = 0  # of the last chunk
         self.due_actions = self.missed_actions = self.late_actions = self.clock_jumps = 0
         self.refused: Counter[str] = Counter()
 
@@ -142,9 +145,10 @@ class _ChunkScheduler:
     def submit(self, result: InferResult, now_ns: int, number: int | None = None) -> str:
         """Offer a chunk. Returns "" when accepted, else why it was refused (also counted in `refused`).
 
-        number: the sender's running number, when there is a sender. A number that does not follow means a second
-        policy, a restarted one or a lost chunk: it is refused, and a new sequence is adopted as soon as two of its
-        chunks come in a row, so that a restarted policy goes on and of two that interleave only one is heard.
+        number: the sender's running number, when there is a sender. A number that does not follow (some of a sender's
+        chunks may be lost or unwanted in between) means a second policy or a restarted one: it is refused, and a new
+        sequence is adopted as soon as two of its chunks come in a row, so that a restarted policy goes on and of two
+        that interleave only one is heard. After `new_sender()` whoever comes first is heard.
         """
         self._notice(now_ns)
         reason = self._refusal(result, now_ns, number)
@@ -159,8 +163,7 @@ class _ChunkScheduler:
     def _refusal(self, result: InferResult, now_ns: int, number: int | None) -> str:
         start_ns = result.chunk.start_ns
         if number is not None:
-            follows = self._number is None or number == self._number + 1 or self._stranger == number - 1
-            if not follows:
+            if not (self._number is None or _follows(number, self._number) or _follows(number, self._stranger)):
                 self._stranger = number
                 return "number does not follow"
             self._number, self._stranger = number, None
@@ -176,6 +179,14 @@ class _ChunkScheduler:
             return "answers an earlier request"
         return ""
 
+    def withdraw(self) -> None:
+        """The open request will not be answered: the next slot may ask again, instead of after max_age_s."""
+        self._request = None
+
+    def new_sender(self) -> None:
+        """The policy was away: the next chunk may come from another process, with numbers of its own."""
+        self._number = self._stranger = None
+
     # ---- executing ----
     def due(self, now_ns: int) -> DueAction | None:
         """The action of this slot; None when there is none (`waiting` then tells early from missing)."""
@@ -185,14 +196,18 @@ class _ChunkScheduler:
         self._take_over(now_ns)
         active = self._active
         if active is None:
-            return None  # the first chunk has not come: nothing is due yet
+            if self._accepted:  # else the first chunk has not come: nothing is due yet
+                self._miss(now_ns, 0)
+            return None
         period_ns = active.result.chunk.period_ns
         tolerance_ns = round(SLOT_TOLERANCE * period_ns)
+        passed = 0
         while active.index < active.end and now_ns - active.due_ns(active.index) > tolerance_ns:
-            active.index += 1  # its slot has passed
-            self.missed_actions += 1
+            active.index += 1
+            passed += 1
+        self.missed_actions += passed
         if active.index >= active.end:
-            self.missed_actions += 1
+            self._miss(now_ns, passed)
             return None
         due_ns = active.due_ns(active.index)
         if due_ns - now_ns > tolerance_ns:
@@ -200,11 +215,20 @@ class _ChunkScheduler:
             return None
         due = DueAction(active.result.chunk.actions[active.index], due_ns, active.index, active.number)
         active.index += 1
+        self._slot_ns = now_ns
         self._executed += 1
         self._dispensed += 1
         self.due_actions += 1
         self.late_actions += now_ns - due_ns > LATE_FRACTION * period_ns
         return due
+
+    def _miss(self, now_ns: int, counted: int) -> None:
+        """Count the slots without an action since the last one, this one included, as a stalled loop sleeps through
+        several; `counted` of them are already. A tick in the same slot again is none."""
+        slots = 1 if self._slot_ns is None else round((now_ns - self._slot_ns) / self._period_ns)
+        if slots > 0:
+            self.missed_actions += max(0, slots - counted)
+            self._slot_ns = now_ns
 
     @property
     def waiting(self) -> bool:
@@ -248,6 +272,7 @@ class _ChunkScheduler:
         )
         self._active = _Active(result, self._numbers, due_ns - index * period_ns, index, index, end)
         self._accepted += 1
+        self._period_ns = period_ns
         self._numbers += 1
 
     def _run_length(self, active: _Active) -> int:
@@ -260,7 +285,7 @@ class _ChunkScheduler:
         self._now_ns = now_ns
         if back:
             self.clock_jumps += 1
-            self._active = self._next = self._request = self._newest_start_ns = None
+            self._active = self._next = self._request = self._newest_start_ns = self._slot_ns = None
         return back
 
 
@@ -284,6 +309,10 @@ class OverlappedScheduler(_ChunkScheduler):
 
 
 Scheduler = SequentialScheduler | OverlappedScheduler
+
+
+def _follows(number: int, last: int | None) -> bool:
+    return last is not None and 0 < number - last <= MAX_GAP
 
 
 def request_seed(seed: int, request: int) -> int:
