@@ -42,6 +42,7 @@ from ros_nodes.wheel_shell import CLOCK_OFFSET_VARIABLE
 from ros_nodes.wire import Participant, Publisher
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, explain
+from vla.resources import embodiment_names, load_embodiment
 from vla.runtime.summary import percentiles
 
 START_TIMEOUT_S = 90.0
@@ -67,6 +68,11 @@ class Outcome:
     moved: str | None = None
     target: str | None = None
     error: str = ""
+
+
+def robot_of(env: str) -> str:
+    """The shipped embodiment of an environment: the one of its name, else the Panda that LIBERO and robosuite share."""
+    return env if env in embodiment_names() else "libero"
 
 
 def free_domain() -> int:
@@ -117,10 +123,8 @@ class Graph:
         on_image: Callable[[str, int, np.ndarray], None] | None = None,
         restart: tuple[str, ...] = (),
     ):
-        from vla.resources import load_embodiment
-
         self.env, self.policy, self.out = env, policy, Path(out)
-        robot_name = "tabletop" if env == "tabletop" else env if env == "robosuite" else "libero"
+        robot_name = robot_of(env)
         self.embodiment = embodiment or load_embodiment(robot_name)
         self.simulated_time = env != "tabletop" or real_time_factor not in (None, 1.0)
         self.domain = free_domain() if domain is None else domain

@@ -70,3 +70,13 @@ def test_embodiments_load_and_find_their_model(name: str) -> None:
     assert robot.name
     if robot.robot_model:
         assert robot_model(robot).is_file()
+
+
+def test_every_environment_has_an_embodiment() -> None:
+    from ros_nodes.graph import robot_of
+    from sim.environment import ENVIRONMENTS
+
+    assert {name: robot_of(name) for name in ENVIRONMENTS} == {
+        "tabletop": "tabletop", "robosuite": "libero", **{n: "libero" for n in ENVIRONMENTS if n.startswith("libero_")},
+    }  # fmt: skip
+    assert {robot_of(name) for name in ENVIRONMENTS} <= set(embodiment_names())

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from ros_nodes.graph import Graph
+from ros_nodes.graph import Graph, robot_of
 from vla.cli.recorder import Recorder
 from vla.cli.results import Episode, Event, RunRecord
 from vla.errors import DataError, SimulationError
+from vla.resources import load_embodiment
 from vla.runtime.trace import Trace
 from vla.types import NS_PER_S
 
 # What a run writes; removed before the next one into the same folder, so that results of two runs never mix.
 OUTPUTS = ("summary.json", "run.json", "report.html", "episodes.mp4", "trace.mcap", "control.json")
-OUTPUT_FOLDERS = ("logs", "stats")
+OUTPUT_FOLDERS = {"logs": "*.log", "stats": "*.json"}
 
 
 @dataclass(frozen=True)
@@ -168,18 +169,15 @@ class Run:
 
 def plan_cameras(env: str) -> tuple[str, ...]:
     """The cameras that are filmed: the first two of the robot."""
-    from vla.resources import load_embodiment
-
-    name = env if env in ("tabletop", "robosuite") else "libero"
-    return load_embodiment(name).camera_names[:2]
+    return load_embodiment(robot_of(env)).camera_names[:2]
 
 
 def clear(out: Path) -> None:
     """Remove what an earlier run left in `out`; other files there are nobody's business."""
     for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
-    for folder in OUTPUT_FOLDERS:
-        for file in (out / folder).glob("*"):
+    for folder, pattern in OUTPUT_FOLDERS.items():
+        for file in (out / folder).glob(pattern):
             file.unlink()
 
 
