@@ -35,7 +35,7 @@ def observation(robot: Embodiment, seed: int) -> Observation:
     rng = np.random.default_rng(seed)
     images = {c.name: rng.integers(0, 255, (c.height, c.width, 3), dtype=np.uint8) for c in robot.cameras}
     state = rng.normal(scale=0.1, size=robot.state_dim).astype(np.float32)
-    return Observation(images, state, "push the red cube to the blue pad", START_NS)
+    return Observation(images, state, "put the red cube on the blue plate", START_NS)
 
 
 def run(policy: Policy, seed: int) -> list[InferResult]:
