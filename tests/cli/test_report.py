@@ -12,7 +12,7 @@ import pytest
 
 from vla.cli import plots
 from vla.cli.film import CAPTION, PANEL, FrameSpool, Shot, compose, write_film
-from vla.cli.report import render, write_report
+from vla.cli.report import render, rows, write_report
 from vla.cli.results import Episode, Event, RunRecord, write_results
 from vla.runtime.summary import percentiles, wilson_95
 
@@ -40,6 +40,7 @@ def record() -> RunRecord:
         control_hz=20.0,
         due_actions=240,
         missed_actions=1,
+        late_actions=2,
         inference=np.stack([np.arange(0, 12, 0.4), np.linspace(10, 30, 30)], 1),
         transport_ms=np.linspace(1, 3, 30),
         commands=np.column_stack([times, np.sin(times), np.cos(times)]),
@@ -65,6 +66,10 @@ def test_summary_has_the_promised_keys_and_right_numbers(tmp_path: Path) -> None
     assert summary["peak_rss_mb"] == 900.5
     assert summary["seeds"] == [1_000_000, 1_000_001]
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_late_actions_count_beside_missed_ones(tmp_path: Path) -> None:
+    assert dict(rows(record()))["late or missed actions"] == "3 of 240 (1.25%)"
 
 
 def test_nothing_measured_is_null_not_zero(tmp_path: Path) -> None:

@@ -138,6 +138,16 @@ def test_rates_and_lateness_are_of_the_ticks_themselves():
     assert control_hz(trace) == pytest.approx(20.0, rel=0.05)
 
 
+def test_a_stall_lowers_the_rate_and_a_pause_between_episodes_does_not():
+    trace, second = Trace(arm(), 100), 20
+    decision = Decision(Verdict.STOP, Reason.NO_ACTION, np.zeros(4))
+    for tick in (*range(second), *range(5 * second, 6 * second)):
+        trace.tick(tick * PERIOD_NS, None, decision, np.zeros(4), 0, 1.0)
+    assert control_hz(trace) == pytest.approx(39 / 5.95, rel=1e-3)
+    trace.add_episode(EpisodeRow(1, "push", "push it", True, second, second * PERIOD_NS))
+    assert control_hz(trace) == 20.0
+
+
 def test_wilson_interval_against_published_values():
     # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29.
     published = ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718))

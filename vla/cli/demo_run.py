@@ -126,6 +126,7 @@ class Run:
             control_hz=float(report.get("control_hz") or 0.0),
             due_actions=int(report.get("due_actions", 0)),
             missed_actions=int(report.get("missed_actions", 0)),
+            late_actions=int(report.get("late_actions", 0)),
             transport_ms=np.asarray(self.graph.transport_ms()),
             gate=dict(report.get("gate", {})),
             gate_reasons=dict(report.get("stop_reasons", {})),

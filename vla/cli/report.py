@@ -75,7 +75,8 @@ def rows(record: RunRecord) -> list[tuple[str, str]]:
     summary = record.summary()
     low, high = summary["wilson_95"]
     inference, transport = summary["inference_ms"], summary["transport_ms"]
-    late = record.missed_actions / record.due_actions if record.due_actions else 0.0
+    late = record.missed_actions + record.late_actions
+    late_share = late / record.due_actions if record.due_actions else 0.0
     gate = summary["gate"]
     return [
         (
@@ -83,7 +84,7 @@ def rows(record: RunRecord) -> list[tuple[str, str]]:
             f"{record.successes}/{len(record.episodes)} = {record.success_rate:.1%} (95 %: {low:.1%} to {high:.1%})",
         ),
         ("control rate", f"{record.control_hz:.2f} Hz of {record.rate_hz:g} Hz nominal"),
-        ("late or missed actions", f"{record.missed_actions} of {record.due_actions} ({late:.2%})"),
+        ("late or missed actions", f"{late} of {record.due_actions} ({late_share:.2%})"),
         ("inference p50 / p95 / p99", _join([inference["p50"], inference["p95"], inference["p99"]], "ms")),
         ("transport p50 / p95", _join([transport["p50"], transport["p95"]], "ms")),
         ("gate pass / reshape / stop", f"{gate['pass']} / {gate['reshape']} / {gate['stop']}"),

@@ -60,6 +60,7 @@ class RunRecord:
     control_hz: float = 0.0
     due_actions: int = 0
     missed_actions: int = 0
+    late_actions: int = 0  # executed, but more than half a period after they were due
     inference: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     transport_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     commands: np.ndarray = field(default_factory=lambda: np.zeros((0, 1)))
@@ -113,6 +114,7 @@ class RunRecord:
             "wall_s": round(self.wall_s, 2),
             "real_time_factor": round(self.real_time_factor, 3),
             "episodes": [_rounded(asdict(episode)) for episode in self.episodes],
+            "late_actions": self.late_actions,
             "gate_reasons": self.gate_reasons,
             "dropped_messages": self.dropped,
             "process_peak_rss_mb": {name: round(value, 1) for name, value in self.rss_mb.items()},

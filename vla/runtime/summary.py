@@ -32,9 +32,12 @@ def percentiles(values: Sequence[float] | np.ndarray, which: tuple[int, ...] = (
 
 
 def control_hz(trace: Trace) -> float | None:
-    """Ticks per second while the loop ran; pauses of over a second (between episodes) and clock jumps are left out."""
-    steps = np.diff(trace.tick_ns[: trace.rows])
-    steps = steps[(steps > 0) & (steps < NS_PER_S)]
+    """Ticks per second while the loop ran. Left out are pauses in which an episode ended and clocks that jumped back;
+    a stall within an episode counts, however long."""
+    ticks = trace.tick_ns[: trace.rows]
+    steps = np.diff(ticks)
+    ends = np.searchsorted(np.sort([episode.stamp_ns for episode in trace.episodes]), ticks)
+    steps = steps[(steps > 0) & (np.diff(ends) == 0)]
     return round(NS_PER_S / float(np.mean(steps)), 3) if steps.size else None
 
 
