@@ -103,6 +103,7 @@ class PolicyCore:
         self._instruction = ""
         self._faults: dict[str, str] = {"instruction": "no instruction yet on /vla/instruction"}
         self._waiting: Request | None = None
+        self._waiting_since_ns = 0  # steady time
         self._running: tuple[Request, int] | None = None
         self._episode: int | None = None
         self._previous: tuple[int, InferResult] | None = None
@@ -125,7 +126,10 @@ class PolicyCore:
             self._on_instruction(message.data)
         elif topic == REQUEST.topic and isinstance(message, Text):
             try:
-                self._waiting = Request.read(message)
+                request = Request.read(message)
+                if self._waiting is None:
+                    self._waiting_since_ns = now.steady_ns
+                self._waiting = request
                 self._faults.pop("request", None)
             except TransportError as error:
                 self._faults["request"] = str(error)
@@ -184,6 +188,7 @@ class PolicyCore:
         if observation is None:
             return ()
         self._waiting, self._running = None, (request, now.steady_ns)
+        self._faults.pop("observation", None)
         return (Job("infer", lambda: self._infer(request, observation)),)
 
     def _observation(self, not_before_ns: int, now: Now) -> Observation | None:
@@ -263,7 +268,19 @@ class PolicyCore:
         self._beat.due(now.steady_ns)
         if self._running is not None and now.steady_ns - self._running[1] > self._hang_ns:
             return ()
+        if self._waiting is not None and self._running is None and self._instruction:
+            self._note_missing(self._waiting, now)
         return (Send(HEARTBEAT.topic, self.status()),)
+
+    def _note_missing(self, request: Request, now: Now) -> None:
+        """A request that still waits for sensors after max_age_s: the heartbeat says for which."""
+        if now.steady_ns - self._waiting_since_ns < self._max_age_ns:
+            return
+        sources = {**self._frames, "joint states": self._states}
+        silent = [name for name, items in sources.items() if not items or items[-1][0] < request.start_ns]
+        got = f"nothing new of {silent}" if silent else "stamps further apart"
+        expected = f"{list(sources)} within {self._slop_ns / NS_PER_S:g} s of each other"
+        self._faults["observation"] = explain("observation", expected, got, "Check their topics and clocks.")
 
     def status(self) -> Status:
         """What the heartbeat says now."""

@@ -218,6 +218,19 @@ def test_no_instruction_yet() -> None:
     assert not driver.chunks and "no instruction" in driver.beat().message
 
 
+def test_a_camera_that_says_nothing_is_named_when_a_request_waits_for_it() -> None:
+    driver = Driver(max_age_s=0.2)
+    driver.give(INSTRUCTION.topic, m.Text("push"))
+    driver.joints()
+    driver.frame(AGENT)
+    driver.ask()
+    beats = [driver.beat() for _ in range(5)]
+    assert [beat.level for beat in beats] == [m.OK] * 3 + [m.WARN] * 2
+    assert "nothing new of ['wrist']" in beats[-1].message
+    driver.sensors(driver.time_ns)
+    assert len(driver.chunks) == 1 and driver.beat().level == m.OK
+
+
 def test_a_failing_policy_does_not_end_the_node() -> None:
     driver = Driver().ready()
     driver.policy.fail = RuntimeError("weights went missing")
