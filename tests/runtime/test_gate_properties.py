@@ -1,6 +1,7 @@
 """What the gate promises for any input, checked from the emitted commands alone.
 
-The monitor knows only commands and times. `pytest -m slow tests/runtime` runs 100 000 chunks.
+The monitor knows only commands and times. `pytest -m slow tests/runtime` runs 100 000 chunks, and searches with new
+inputs each time; a failure there prints how to repeat it.
 """
 
 from __future__ import annotations
@@ -144,9 +145,21 @@ start = st.tuples(*(st.floats(j.lower - 0.3, j.upper + 0.3) for j in JOINTS[:3])
 
 
 @pytest.mark.parametrize("action_space", ["ee_delta", "joint_position"])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(steps=st.lists(step, max_size=25), start=start)
 def test_no_input_makes_the_stream_leave_its_limits(action_space, steps, start):
+    gate, monitor = Gate(arm(action_space)), Monitor(np.array(start))
+    gate.reset(np.array(start), 0)
+    drive(gate, monitor, steps)
+    run_to_rest(gate, monitor)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("action_space", ["ee_delta", "joint_position"])
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(steps=st.lists(step, max_size=25), start=start)
+def test_nor_do_inputs_never_tried_before(action_space, steps, start):
     gate, monitor = Gate(arm(action_space)), Monitor(np.array(start))
     gate.reset(np.array(start), 0)
     drive(gate, monitor, steps)
