@@ -261,9 +261,8 @@ def test_a_chunk_that_does_not_fit_is_not_executed(kind: str) -> None:
         ActionChunk(rows, T0 + driver.time_ns, 0.05), names, "" if kind == "no id" else identity
     )
     driver.give(CHUNK.topic, message)
-    driver.policy_alive = True
-    driver.pending.clear()
-    driver.run(200)
+    driver.policy_alive, driver.lose = True, 99  # alive, and never asked
+    driver.run(300)
     assert driver.status()["chunks"] == 0 and np.array_equal(driver.positions, before)
     assert kind == "another episode" or driver.diagnosis().level >= m.WARN
 
