@@ -14,7 +14,7 @@ from vla.checkpoints.bundle import Bundle
 from vla.data.transforms import resize
 from vla.decoding.autoregressive import AutoregressiveDecoder, Grammar, TokenDecoder
 from vla.embodiment import Embodiment
-from vla.errors import ObservationError, explain
+from vla.errors import BundleError, ObservationError, explain
 from vla.policy import DecodeReport, InferContext, InferResult
 from vla.types import ActionChunk, Observation
 
@@ -26,6 +26,10 @@ class VlaPolicy:
     """
 
     def __init__(self, bundle: Bundle, decoder: TokenDecoder | None = None):
+        if tuple(bundle.observation_offsets) != (0,):
+            raise BundleError(
+                explain("observation_offsets", "[0]", list(bundle.observation_offsets), "No history is kept yet.")
+            )
         self.bundle = bundle
         self.decoder = decoder or AutoregressiveDecoder()
         self.device = next(bundle.model.parameters()).device

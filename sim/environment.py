@@ -36,10 +36,14 @@ class Environment(Protocol):
     max_steps: int  # truncation
 
     @property
-    def instruction(self) -> str: ...
+    def instruction(self) -> str:
+        """What the arm is asked to do in this episode."""
+        ...
 
     @property
-    def tasks(self) -> tuple[str, ...]: ...
+    def tasks(self) -> tuple[str, ...]:
+        """Names that reset takes as `options["task"]`."""
+        ...
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -47,13 +51,20 @@ class Environment(Protocol):
         """options: {"task": name}; instruction override is {"instruction": text}."""
         ...
 
-    def step(self, command: Command) -> tuple[Observation, float, bool, bool, dict[str, Any]]: ...
+    def step(self, command: Command) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Execute one control period: (observation, reward, terminated, truncated, info).
+
+        Raises SimulationError for a command of another mode or length or with NaN, and before the first reset.
+        """
+        ...
 
     def joint_state(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         """Names, positions float64[D], velocities float64[D] of the commanded joints: what /joint_states carries."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the renderer; may be called twice."""
+        ...
 
 
 class LazyImages(Mapping[str, np.ndarray]):

@@ -55,6 +55,7 @@ def test_contents(wheel: Path) -> None:
     assert shipped <= names, shipped - names
     bundles = {str(p.relative_to(ROOT)) for p in (ROOT / "policies/pretrained").rglob("*") if p.is_file()}
     assert bundles <= names, bundles - names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
 
 

@@ -34,7 +34,7 @@ class InferContext:
 class DecodeReport:
     """How a chunk came about.
 
-    ids: action token ids ((),) for continuous heads. passes: model passes after the prefix.
+    ids: action token ids, () for continuous heads. passes: model passes after the prefix.
     repaired: tokens or coefficients that had to be repaired for the ids to be a valid chunk.
     confidence: mean top-1 probability of the emitted tokens, 1.0 where it has no meaning.
     kept_tokens: indices of visual tokens that were kept, None when none was dropped.
@@ -53,6 +53,8 @@ class DecodeReport:
 
 @dataclass(frozen=True)
 class InferResult:
+    """chunk: actions in physical units with due times. report: how they came about."""
+
     chunk: ActionChunk
     report: DecodeReport = field(default_factory=DecodeReport)
 
@@ -62,7 +64,9 @@ class Policy(Protocol):
     """Observations in, action chunks out. Deterministic after reset(seed) for equal observations and contexts."""
 
     @property
-    def embodiment(self) -> Embodiment: ...
+    def embodiment(self) -> Embodiment:
+        """The robot it was made for."""
+        ...
 
     @property
     def horizon(self) -> int:
@@ -73,9 +77,12 @@ class Policy(Protocol):
         """Forget everything about earlier episodes."""
         ...
 
-    def infer_batch(
-        self, observations: Sequence[Observation], contexts: Sequence[InferContext]
-    ) -> list[InferResult]: ...
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        """One result per observation, in order; contexts[i] belongs to observations[i].
+
+        Raises ObservationError for an observation that does not fit the embodiment.
+        """
+        ...
 
 
 def infer(policy: Policy, observation: Observation, context: InferContext | None = None) -> InferResult:

@@ -91,6 +91,7 @@ def test_policy_process_killed_in_motion_is_started_again_and_named(tmp_path: Pa
     [
         (("--env", "tabletopp"), "Did you mean 'tabletop'?"),
         (("--policy", "no_such_bundle"), "no_such_bundle"),
+        (("--env", "robosuite"), "no scripted expert for 'robosuite'"),
         (("--task", "stak", "--policy", "expert"), "Did you mean 'stack'?"),
     ],
 )
@@ -118,10 +119,11 @@ def test_a_node_that_dies_keeps_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_first_seed_is_the_first_of_evaluation() -> None:
+    from ros_nodes import evaluate
     from sim.environment import EVAL_SEED_START
     from vla.cli import demo
 
-    assert demo.EVAL_SEED_START == EVAL_SEED_START
+    assert demo.EVAL_SEED_START == evaluate.FIRST_SEED == EVAL_SEED_START
 
 
 def test_episode_count_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:

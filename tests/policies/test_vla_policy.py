@@ -8,7 +8,7 @@ import torch
 
 from policies.vla_policy import VlaPolicy
 from vla.decoding.autoregressive import AutoregressiveDecoder
-from vla.errors import ConfigError, ObservationError
+from vla.errors import BundleError, ConfigError, ObservationError
 from vla.policy import InferContext, Policy, infer
 from vla.types import Observation
 
@@ -98,6 +98,11 @@ def test_cached_greedy_equals_uncached_greedy(policy) -> None:
 def test_bad_observations_are_named(policy, changes, message) -> None:
     with pytest.raises(ObservationError, match=message):
         infer(policy, observation(**changes))
+
+
+def test_a_bundle_that_wants_older_frames_is_refused_not_half_obeyed(policy) -> None:
+    with pytest.raises(BundleError, match=r"observation_offsets: expected \[0\], got \[0, -4\]"):
+        VlaPolicy(replace(policy.bundle, observation_offsets=(0, -4)))
 
 
 def test_negative_temperature_is_refused() -> None:

@@ -22,7 +22,7 @@ def compose(
 ) -> dict[str, Any]:
     """The config `name` with `overrides` as plain dicts, lists and scalars.
 
-    overrides: Hydra's grammar (`train.steps=100`, `model=tiny`, `+extra=1`). directory: a config folder of the user's
+    overrides: Hydra's grammar (`steps=100`, `model=small`, `+extra=1`). directory: a config folder of the user's
     own; shipped configs by default. allow_missing: leave "???" where a value that has no default is not given.
     Raises ConfigError, with the nearest known name, for whatever does not fit.
     """

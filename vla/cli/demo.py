@@ -174,12 +174,15 @@ def _default_policy(env: str) -> str:
 
 def _check(env: str, policy: str) -> None:
     """Misspelt names are found here, at once, instead of in the log of a process that died."""
+    from sim.control import EXPERTS
     from sim.environment import ENVIRONMENTS
     from vla.errors import ConfigError, nearest
     from vla.resources import bundle_path
 
     if env not in ENVIRONMENTS:
         raise ConfigError(f"env: unknown environment {env!r}. {nearest(env, ENVIRONMENTS)}")
+    if policy == "expert" and env not in EXPERTS:
+        raise ConfigError(f"policy: no scripted expert for {env!r}. Pass --policy BUNDLE or --policy hold.")
     if policy not in ("expert", "hold"):
         bundle_path(policy)
 
