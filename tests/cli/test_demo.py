@@ -118,6 +118,18 @@ def test_a_node_that_dies_keeps_what_was_measured(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["episodes"] >= 1
 
 
+def test_only_what_a_run_writes_is_removed_before_the_next(tmp_path: Path) -> None:
+    from vla.cli.demo_run import clear
+
+    ours = ("summary.json", "trace.mcap", "logs/sim.log", "stats/sim.json")
+    theirs = ("notes.txt", "logs/mine.txt", "stats/deep/numbers.json")
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    clear(tmp_path)
+    assert not any((tmp_path / name).exists() for name in ours) and all((tmp_path / name).exists() for name in theirs)
+
+
 def test_the_first_seed_is_the_first_of_evaluation() -> None:
     from ros_nodes import evaluate
     from sim.environment import EVAL_SEED_START
