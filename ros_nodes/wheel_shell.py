@@ -8,6 +8,7 @@ cleanly: the core says its last words, the statistics file is written, the node 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import queue
@@ -30,6 +31,9 @@ CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
 _WAKE, _RESULT = object(), object()
 SWITCH_INTERVAL_S = 5e-4
 _IDLE_NS = 200_000_000
+JOB_END_S = 3.0  # how long a job may go on after the end was asked for
+# From the signal on; then the process writes where its threads are to stderr, and ends. A long trace needs a while.
+EXIT_LIMIT_S = 45.0
 
 
 class GraphClock:
@@ -68,6 +72,8 @@ class WheelShell:
         self._types: dict[str, str] = {}
         self.counts: dict[str, dict[str, int]] = {"overrun": {}, "rejected": {}, "failed": {}}
         self._stopping = False
+        self.job_stuck = False  # a job did not end in time; its thread lives on
+        self.bounded_exit = False
         self._participant = Participant(core.name, domain=domain, network=network, distro=distro)
         self._publishers: dict[str, Publisher] = {
             e.topic: self._participant.publisher(e.topic, e.type_name, e.quality) for e in core.publications
@@ -101,10 +107,14 @@ class WheelShell:
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends even a close that hangs
                     signal.signal(number, signal.SIG_DFL)
+            # The worker first: it may be using what the core is about to close, and a thread that still computes while
+            # the interpreter goes down can hang or crash it.
+            self._jobs.put(None)
+            worker.join(JOB_END_S)
+            self.job_stuck = worker.is_alive()
             try:
                 self._perform(self.core.close(self.clock.now()))
             finally:
-                self._jobs.put(None)
                 self._write_stats()
                 self._participant.close()
 
@@ -173,6 +183,8 @@ class WheelShell:
             self._inbox.put((_RESULT, job.name, value))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.bounded_exit:
+            faulthandler.dump_traceback_later(EXIT_LIMIT_S, exit=True)
         self.stop()
 
     # ---- statistics ----
@@ -226,5 +238,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(core: NodeCore, options: argparse.Namespace) -> None:
-    """Run `core` with the options of `add_arguments` until SIGINT or SIGTERM."""
-    WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats).run()
+    """Run `core` with the options of `add_arguments` until SIGINT or SIGTERM; the process's last act.
+
+    A job that hangs, or an end that takes longer than EXIT_LIMIT_S, ends the process with code 1.
+    """
+    shell = WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats)
+    shell.bounded_exit = True
+    shell.run()
+    if shell.job_stuck:
+        print(f"error: {core.name}: a job went on for {JOB_END_S:g} s after the end was asked for", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)

@@ -155,6 +155,58 @@ def test_jobs_run_elsewhere_and_their_results_or_errors_come_back() -> None:
     assert core.results[0] == 1 and isinstance(core.results[1], ZeroDivisionError)
 
 
+def test_a_job_ends_before_its_core_is_closed() -> None:
+    core = Echo()
+    order: list[str] = []
+    begun = threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.5)
+        order.append("job")
+
+    core.on_message = lambda *_: (Job("slow", slow),)  # type: ignore[method-assign]
+    close = core.close
+    core.close = lambda now: (order.append("close"), close(now))[1]  # type: ignore[method-assign]
+    with running(core) as (shell, publishers):
+        publishers["/in/String"].publish(m.encode(m.Text("work")))
+        assert begun.wait(15)
+    assert order == ["job", "close"] and not shell.job_stuck
+
+
+HANGING = """
+import argparse, os, signal, sys, time
+from pathlib import Path
+from ros_nodes import wheel_shell
+from ros_nodes.node import Job, Periodic
+wheel_shell.JOB_END_S = 0.5
+
+class Core:
+    name, subscriptions, publications, next_tick_ns = "stuck", (), (), 1
+    def tick(self, now):
+        self.next_tick_ns = now.steady_ns + 10**11
+        os.kill(os.getpid(), signal.SIGTERM)
+        return (Job("hang", lambda: time.sleep(100)),)
+    def close(self, now):
+        return ()
+    def summary(self):
+        return {}
+
+parser = argparse.ArgumentParser()
+wheel_shell.add_arguments(parser)
+wheel_shell.run(Core(), parser.parse_args())
+"""
+
+
+def test_a_job_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    arguments = ["--domain", str(free_domain()), "--stats", str(tmp_path / "stats.json")]
+    run = subprocess.run(
+        [sys.executable, "-c", HANGING, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=40
+    )
+    assert run.returncode == 1 and "stuck: a job went on" in run.stderr
+    assert (tmp_path / "stats.json").exists()
+
+
 def test_the_timer_does_not_drift() -> None:
     core = Echo(period_ns=20_000_000)
     with running(core):
