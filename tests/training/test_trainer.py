@@ -1,6 +1,7 @@
 """Training: exact resume, what a step sees, clear refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,3 +127,36 @@ def test_rollouts_are_called_with_the_bundle(tiny_dataset, tmp_path) -> None:
 
     train(tiny_config(tiny_dataset, tmp_path, rollout_every=3), rollout=rollout)
     assert seen == [(3, "tabletop"), (6, "tabletop")]
+
+
+def test_a_run_can_start_from_a_bundle(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    from vla.checkpoints import bundle as bundles
+
+    start = bundles.load(tiny_bundle)
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle)))
+    mine, theirs = trainer.model.state_dict(), start.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert trainer.tokenizer.fingerprint() == start.action_tokenizer.fingerprint()
+    other = tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle))
+    changed = replace(other, model=replace(other.model, keyframe_weight=0.0))
+    with pytest.raises(ConfigError, match="auxiliary"):
+        Trainer(changed)
+
+
+def test_early_frames_count_more(tiny_dataset) -> None:
+    dataset = LeRobotDataset(tiny_dataset)
+    plain = TrainingData(dataset, 16).train_frames
+    weighted = TrainingData(dataset, 16, early_steps=5, early_repeat=3).train_frames
+    starts = np.array([episode.start for episode in dataset.episodes])[dataset.episode_of]
+    frames, counts = np.unique(weighted, return_counts=True)
+    assert np.array_equal(frames, plain)
+    assert np.array_equal(counts, np.where(frames - starts[frames] < 5, 3, 1))
+
+
+def test_a_run_can_stop_early_on_its_schedule_and_go_on(tiny_dataset, tmp_path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(tiny_dataset, whole))
+    report = train(tiny_config(tiny_dataset, parts, stop_step=2))
+    assert report.steps == 2
+    train(tiny_config(tiny_dataset, parts))
+    assert curve(whole) == curve(parts)

@@ -41,25 +41,43 @@ class TrainingData:
 
     Episodes are split into training and validation by their number (every `1 / val_fraction`-th one validates), so the
     split does not depend on the seed of training. Frames whose next `settle` actions answer a perturbation that the
-    observation cannot know of are left out of training.
+    observation cannot know of are left out of training. The first `early_steps` frames of an episode count
+    `early_repeat` times.
     """
 
-    def __init__(self, dataset: LeRobotDataset, horizon: int, val_fraction: float = 0.03, settle: int = 8):
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        horizon: int,
+        val_fraction: float = 0.03,
+        settle: int = 8,
+        early_steps: int = 0,
+        early_repeat: int = 1,
+    ):
         self.dataset, self.horizon = dataset, horizon
         self.embodiment: Embodiment = dataset.embodiment()
         self.windows = Windows(dataset, self.embodiment)
-        self.state_normalizer = Normalizer.from_stats(dataset.stats["observation.state"])
-        self.action_normalizer = Normalizer.from_stats(dataset.stats["action"])
-        self.states = self.state_normalizer.normalize(np.asarray(dataset.column("observation.state"), np.float32))
+        self.use_normalizers(
+            Normalizer.from_stats(dataset.stats["observation.state"]), Normalizer.from_stats(dataset.stats["action"])
+        )
         every = max(2, round(1 / val_fraction))
         frames = np.arange(len(dataset))
         validates = np.asarray(dataset.episode_of) % every == every - 1
         clean = self.windows.undisturbed(frames, min(settle, horizon)).all(axis=1)
         self.train_frames, self.val_frames = frames[~validates & clean], frames[validates & clean]
+        # Only in the first steps of an episode the words alone say where to go; later the motion gives it away.
+        since_start = frames - np.array([episode.start for episode in dataset.episodes])[dataset.episode_of]
+        repeats = np.where(since_start[self.train_frames] < early_steps, early_repeat, 1)
+        self.train_frames = np.repeat(self.train_frames, repeats)
         if len(self.train_frames) == 0:
             raise DataError(explain(str(dataset.path), "training frames", "none", "Collect more episodes."))
         self.task_of = np.asarray(dataset.column("task_index"), np.int64).reshape(-1)
         self._keyframe_rows = self._next_keyframe()
+
+    def use_normalizers(self, state: Normalizer, action: Normalizer) -> None:
+        """Normalise with these: by default the data set's own statistics, else those of the bundle to start from."""
+        self.state_normalizer, self.action_normalizer = state, action
+        self.states = state.normalize(np.asarray(self.dataset.column("observation.state"), np.float32))
 
     def chunks(self, frames: np.ndarray) -> np.ndarray:
         """Normalised action chunks float32[B, T, A]; behind the end of an episode the arm stays."""

@@ -74,7 +74,9 @@ class TrainConfig:
     optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the averaged weights, 0 for none.
     precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate. settle: see TrainingData.
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
-    for runs of more than half an hour). image_shift: random shift of training images in pixels.
+    for runs of more than half an hour). image_shift: random shift of training images in pixels. init: a bundle folder
+    whose weights, tokenizers and normalisation this run starts from, "" for none. stop_step: end the run there, on the
+    schedule of `steps`; 0 for never.
     """
 
     data: str
@@ -95,6 +97,10 @@ class TrainConfig:
     seed: int = 0
     val_fraction: float = 0.03
     settle: int = 8
+    early_steps: int = 0
+    early_repeat: int = 1
+    init: str = ""
+    stop_step: int = 0
     image_shift: int = 0
     log_every: int = 20
     val_every: int = 500
@@ -115,7 +121,7 @@ class TrainConfig:
         """What fixes the loss curve; a resume must agree on it."""
         data = asdict(self)
         for key in ("out", "device", "threads", "log_every", "val_every", "val_batches", "checkpoint_every",
-                    "rollout_every", "compile"):  # fmt: skip
+                    "rollout_every", "compile", "stop_step"):  # fmt: skip
             del data[key]
         data["data"] = Path(self.data).name
         return json.loads(json.dumps(data))
@@ -144,9 +150,16 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         dataset = LeRobotDataset(config.data)
         recipe = config.model
-        self.data = TrainingData(dataset, recipe.horizon, config.val_fraction, config.settle)
-        self.text_tokenizer = TextTokenizer.fit(dataset.tasks, recipe.text_vocab, recipe.text_length)
-        self.tokenizer = self._make_tokenizer()
+        self.data = TrainingData(
+            dataset, recipe.horizon, config.val_fraction, config.settle, config.early_steps, config.early_repeat
+        )
+        start = self._start_bundle()
+        if start is not None:
+            self.data.use_normalizers(start.state_normalizer, start.action_normalizer)
+            self.text_tokenizer, self.tokenizer = start.text_tokenizer, start.action_tokenizer
+        else:
+            self.text_tokenizer = TextTokenizer.fit(dataset.tasks, recipe.text_vocab, recipe.text_length)
+            self.tokenizer = self._make_tokenizer()
         sizes = {camera.name: (camera.size, camera.size) for camera in recipe.cameras}
         self.data.prepare(
             self.tokenizer, self.text_tokenizer, sizes,
@@ -154,6 +167,8 @@ class Trainer:
         )  # fmt: skip
         torch.manual_seed(config.seed)
         self.model = Vla(self._model_config()).to(self.device)
+        if start is not None:
+            self._take_weights(start)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         rest = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -163,6 +178,24 @@ class Trainer:
         self._loss = torch.compile(self._losses, dynamic=False) if config.compile else self._losses
 
     # ---- parts ----
+    def _start_bundle(self) -> Bundle | None:
+        if not self.config.init:
+            return None
+        start = bundles.load(self.config.init)
+        self.data.embodiment.require_same(
+            start.embodiment, f"data {self.config.data} and train.init {self.config.init}", "Start without train.init."
+        )
+        return start
+
+    def _take_weights(self, start: Bundle) -> None:
+        mine = self.model.config
+        if start.config != mine:
+            differing = [name for name in vars(mine) if getattr(mine, name) != getattr(start.config, name)]
+            raise ConfigError(
+                explain("train.init", f"a bundle of the same {', '.join(differing)}", "another", "Choose its model.")
+            )
+        self.model.load_state_dict(start.model.state_dict())
+
     def _make_tokenizer(self) -> ActionTokenizer:
         recipe = self.config.tokenizer
         if recipe.kind == "bins":
@@ -334,15 +367,16 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()), "frames": len(self.data.train_frames),
             "tokens_mean": self.data.mean_tokens, "tokens_max": self.data.longest, "device": str(self.device),
         })  # fmt: skip
+        last = min(config.steps, config.stop_step or config.steps)
         losses: dict[str, float] = {}
         validation: dict[str, float] = {}
         samples_per_s = 0.0
         with _scalars(self.out / "tensorboard", self.step_number) as scalar:
             since, at = time.perf_counter(), self.step_number
             try:
-                while self.step_number < config.steps:
+                while self.step_number < last:
                     current = self.step()
-                    if self.step_number % config.log_every == 0 or self.step_number == config.steps:
+                    if self.step_number % config.log_every == 0 or self.step_number == last:
                         now = time.perf_counter()
                         samples_per_s = (self.step_number - at) * config.batch_size / (now - since)
                         since, at = now, self.step_number
@@ -350,7 +384,7 @@ class Trainer:
                         row = {**losses, "lr": self.learning_rate(self.step_number), "samples_per_s": samples_per_s}
                         scalar(row, self.step_number)
                         self._log({"event": "step", "step": self.step_number, **row})
-                    if self.step_number % config.val_every == 0 or self.step_number == config.steps:
+                    if self.step_number % config.val_every == 0 or self.step_number == last:
                         validation = self.validate()
                         scalar(validation, self.step_number)
                         self._log({"event": "validation", "step": self.step_number, **validation})
