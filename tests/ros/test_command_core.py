@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -136,6 +137,17 @@ def test_commands_come_at_the_control_rate_and_move_the_arm() -> None:
     assert driver.status()["missed"] == 0 and driver.status()["due"] >= 16
     assert np.max(np.abs(driver.positions - np.array(ROBOT.home))) > 0.05
     assert driver.diagnosis().level == m.OK
+
+
+def test_the_schedule_is_that_of_in_process_evaluation() -> None:
+    from ros_nodes.graph import Graph
+    from sim.evaluate import EvalConfig
+
+    config = EvalConfig()
+    assert config.scheduler == "overlapped" and config.latency_s <= config.lead * ROBOT.period_s
+    for call in (build_core, Graph):
+        parameters = inspect.signature(call).parameters
+        assert parameters["execute"].default == config.execute and parameters["lead"].default == config.lead
 
 
 def test_nothing_is_commanded_before_an_episode_or_after_its_end() -> None:
