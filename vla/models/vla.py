@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.models.heads import AutoregressiveHead, RegressionHead
@@ -25,7 +26,8 @@ class ModelConfig:
 
     cameras: in the order of the prefix. state_dim S, action_dim A, horizon T: of the data. text_vocab, text_length L:
     of the text tokenizer. action_vocab: of the action tokenizer. suffix_expert: the expert that runs action tokens.
-    auxiliary: {name: size}, read-outs of the state token that only training uses.
+    auxiliary: {name: size}, read-outs of the state token that only training uses. text_queries: how many learned
+    queries read the instruction for the image encoders (FiLM), 0 for encoders that do not know it.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -38,6 +40,7 @@ class ModelConfig:
     action_vocab: int
     suffix_expert: int = 1
     auxiliary: Mapping[str, int] = field(default_factory=dict)
+    text_queries: int = 0
 
 
 @dataclass
@@ -73,6 +76,24 @@ class Prefix:
     length: int
 
 
+class TextSummary(nn.Module):
+    """A few learned queries read the words, each by meaning and place: [B, L, D], bool[B, L] -> [B, D].
+
+    A colour word means one thing as the first of a sentence and another as the second, so places are added to words.
+    """
+
+    def __init__(self, queries: int, length: int, width: int):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(length, width) * 0.3)
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.1)
+        self.mix = nn.Sequential(nn.Linear(queries * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, words: Tensor, valid: Tensor) -> Tensor:
+        words = F.rms_norm(words.float(), words.shape[-1:]) + self.places
+        scores = torch.einsum("bld,qd->bql", words, self.queries).masked_fill(~valid[:, None], -torch.inf)
+        return self.mix((scores.softmax(dim=-1) @ words).flatten(1))
+
+
 class Vla(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -81,7 +102,9 @@ class Vla(nn.Module):
         if not 0 <= config.suffix_expert < len(experts):
             raise ValueError(f"suffix_expert: expected 0..{len(experts) - 1}, got {config.suffix_expert}")
         width = experts[0].width
-        self.cameras = nn.ModuleDict({camera.name: CameraEncoder(camera, width) for camera in config.cameras})
+        text_width = width if config.text_queries else 0
+        self.cameras = nn.ModuleDict({c.name: CameraEncoder(c, width, text_width) for c in config.cameras})
+        self.summary = TextSummary(config.text_queries, config.text_length, width) if config.text_queries else None
         self.text = nn.Embedding(config.text_vocab, width)
         self.state = nn.Sequential(nn.Linear(config.state_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.transformer = Transformer(config.transformer)
@@ -96,12 +119,14 @@ class Vla(nn.Module):
         """images: {camera: uint8[B, size, size, 3]}. text: int64[B, L]. text_valid: bool[B, L]. state: float[B, S]."""
         batch = len(state)
         segments = []
+        words = self.text(text)
+        summary = None if self.summary is None else self.summary(words, text_valid)
         for camera in self.config.cameras:
             if camera.name not in images:
                 raise KeyError(f"camera {camera.name!r} is missing, got {sorted(images)}")
-            tokens = self.cameras[camera.name](images[camera.name])
+            tokens = self.cameras[camera.name](images[camera.name], summary)
             segments.append(Segment(f"image:{camera.name}", 0, tokens, _all_valid(tokens), MaskRule.PREFIX))
-        segments.append(Segment("text", 0, self.text(text), text_valid, MaskRule.PREFIX))
+        segments.append(Segment("text", 0, words, text_valid, MaskRule.PREFIX))
         token = self.state(state.to(self.state[0].weight.dtype)).view(batch, 1, -1)
         segments.append(Segment("state", 0, token, _all_valid(token), MaskRule.PREFIX))
         return segments

@@ -43,7 +43,7 @@ class ModelRecipe:
 
     horizon: T. text_length: L, longest instruction in tokens. auxiliary weights: keyframe (state at the next gripper
     change) and chunk (the whole normalised chunk), read off the state token; they teach the backbone where to look and
-    are not used when acting.
+    are not used when acting. text_queries: see ModelConfig.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -54,6 +54,7 @@ class ModelRecipe:
     suffix_expert: int = 1
     keyframe_weight: float = 0.5
     chunk_weight: float = 0.5
+    text_queries: int = 6
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Trainer:
         return ModelConfig(
             recipe.cameras, recipe.transformer, embodiment.state_dim, embodiment.action_dim, recipe.horizon,
             self.text_tokenizer.vocab_size, recipe.text_length, self.tokenizer.vocab_size, recipe.suffix_expert,
-            auxiliary,
+            auxiliary, recipe.text_queries,
         )  # fmt: skip
 
     def bundle(self) -> Bundle:

@@ -1,0 +1,110 @@
+"""The model as a whole: shapes, the instruction reaches the image encoders, segments and caches agree."""
+
+import pytest
+import torch
+
+from vla.models.masks import MaskRule
+from vla.models.transformer import ExpertConfig, TransformerConfig
+from vla.models.vision import CameraEncoder, CameraEncoderConfig
+from vla.models.vla import ModelConfig, TextSummary, Vla
+
+
+def make(**changes) -> Vla:
+    torch.manual_seed(0)
+    settings = {
+        "cameras": (CameraEncoderConfig("front", 32, 4, (8, 16)), CameraEncoderConfig("wrist", 16, 2, (8, 16))),
+        "transformer": TransformerConfig((ExpertConfig(32, 64), ExpertConfig(16, 32)), 2, 4, 2, 8),
+        "state_dim": 3, "action_dim": 2, "horizon": 4, "text_vocab": 20, "text_length": 5, "action_vocab": 11,
+        "text_queries": 3, **changes,
+    }  # fmt: skip
+    return Vla(ModelConfig(**settings)).eval()
+
+
+def inputs(batch: int = 2):
+    torch.manual_seed(1)
+    images = {"front": torch.randint(0, 255, (batch, 32, 32, 3), dtype=torch.uint8),
+              "wrist": torch.randint(0, 255, (batch, 16, 16, 3), dtype=torch.uint8)}  # fmt: skip
+    valid = torch.ones(batch, 5, dtype=torch.bool)
+    valid[0, 3:] = False
+    return images, torch.randint(0, 20, (batch, 5)), valid, torch.randn(batch, 3)
+
+
+@torch.inference_mode()
+def test_cached_suffix_equals_the_training_pass() -> None:
+    model = make()
+    args = inputs()
+    ids = torch.randint(0, 11, (2, 6))
+    segments = model.prefix_segments(*args)
+    whole = model.head.logits(model.run([*segments, model.action_segment(ids, torch.ones_like(ids).bool())])[-1])
+    prefix = model.prefix(model.prefix_segments(*args), 6)
+    steps = [model.suffix_logits(prefix, ids[:, i : i + 1]) for i in range(4)]
+    steps.append(model.suffix_logits(prefix, ids[:, 4:]))
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
+    assert prefix.cache.length == prefix.length + 6
+
+
+@torch.inference_mode()
+def test_suffix_on_the_backbone_works_the_same() -> None:
+    model = make(suffix_expert=0)
+    args = inputs()
+    ids = torch.randint(0, 11, (2, 3))
+    whole = model.head.logits(
+        model.run([*model.prefix_segments(*args), model.action_segment(ids, torch.ones_like(ids).bool())])[-1]
+    )
+    prefix = model.prefix(model.prefix_segments(*args), 3)
+    assert torch.allclose(model.suffix_logits(prefix, ids), whole, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_action_tokens_see_no_later_ones() -> None:
+    model = make()
+    ids = torch.randint(0, 11, (2, 6))
+
+    def logits(tokens):
+        return model.run([*model.prefix_segments(*inputs()), model.action_segment(tokens, torch.ones_like(ids).bool())])
+
+    changed = ids.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 11
+    before, after = logits(ids), logits(changed)
+    assert torch.equal(before[-1][:, :4], after[-1][:, :4])
+    assert not torch.equal(before[-1][:, 4:], after[-1][:, 4:])
+    assert all(torch.equal(a, b) for a, b in zip(before[:-1], after[:-1]))  # the prefix sees no action at all
+
+
+def test_the_instruction_reaches_the_encoder_and_starts_as_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = CameraEncoder(CameraEncoderConfig("front", 32, 4, (8, 16)), 32, text_width=6)
+    images, text = torch.randint(0, 255, (2, 32, 32, 3)), torch.randn(2, 6)
+    torch.nn.init.normal_(encoder.blocks[0].conv2.weight, std=0.1)
+    assert torch.equal(encoder(images, text), encoder(images))
+    encoder(images, text).square().sum().backward()
+    assert encoder.films[0].weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        encoder.films[0].weight.normal_()
+    assert not torch.allclose(encoder(images, text), encoder(images))
+
+
+def test_summary_ignores_padding_and_reads_order() -> None:
+    torch.manual_seed(0)
+    summary = TextSummary(4, 5, 16)
+    words, valid = torch.randn(1, 5, 16), torch.tensor([[True, True, True, False, False]])
+    first = summary(words, valid)
+    words[:, 3:] += 1.0
+    assert torch.equal(summary(words, valid), first)
+    assert not torch.allclose(summary(words[:, [1, 0, 2, 3, 4]], valid), first)
+
+
+def test_wrong_images_and_segment_order_are_named() -> None:
+    model = make()
+    images, *rest = inputs()
+    with pytest.raises(KeyError, match="wrist"):
+        model.prefix_segments({"front": images["front"]}, *rest)
+    with pytest.raises(ValueError, match=r"\[B, 32, 32, 3\]"):
+        model.prefix_segments({**images, "front": images["wrist"]}, *rest)
+    segments = model.prefix_segments(images, *rest)
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="ordered by expert"):
+        model.run([model.action_segment(ids, torch.ones_like(ids).bool()), *segments])
+    assert [s.rule for s in segments] == [MaskRule.PREFIX] * 4
+    with pytest.raises(ValueError, match="grid"):
+        CameraEncoderConfig("front", 32, 8, (8, 16))
