@@ -37,6 +37,8 @@ class CollectConfig:
 
     env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns, `turn` episodes each).
     episodes: successes to keep. seed: the first one; every attempt takes the next. out: folder of the data set.
+    pairs: lay every scene out twice, and ask for another of its objects the second time; where the arm has to go then
+    follows from the words alone, and a policy cannot learn it by remembering scenes.
     workers: processes. env_options: further arguments of the environment. codec: name in vla.data.video.CODECS.
     """
 
@@ -47,6 +49,7 @@ class CollectConfig:
     seed: int = 0
     workers: int = 2
     turn: int = 1
+    pairs: bool = False
     codec: str = "h264"
     noise: Noise = field(default_factory=Noise)
     env_options: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +115,8 @@ def _start_worker(config: CollectConfig) -> None:
 def _attempt(seed: int, task: str, work: str) -> tuple[int, int]:
     """Run one seed and store it. Returns (seed, frames), 0 frames for a failure."""
     config, environment = _worker["config"], _worker["environment"]
-    done = run_expert(environment, _worker["expert"], seed, task, config.noise)
+    scene, options = _scene(config, seed)
+    done = run_expert(environment, _worker["expert"], scene, task, config.noise, options=options)
     if done is None:
         _mark_failed(Path(work), seed)
         return seed, 0
@@ -121,6 +125,14 @@ def _attempt(seed: int, task: str, work: str) -> tuple[int, int]:
         _shard(Path(work), seed), spec_of(environment.embodiment, config.codec), facts["instruction"], arrays, facts
     )
     return seed, facts["steps"]
+
+
+def _scene(config: CollectConfig, attempt: int) -> tuple[int, dict[str, Any]]:
+    """Seed and reset options of an attempt: attempts are numbered from config.seed on; with pairs, two share a seed."""
+    number = attempt - config.seed
+    if not config.pairs:
+        return attempt, {}
+    return config.seed + number // 2, {"swap": True} if number % 2 else {}
 
 
 def _shard(work: Path, seed: int) -> Path:
@@ -218,7 +230,8 @@ def _run_seeds(
                 if stored is not None:
                     results[following] = stored
                 else:
-                    task = tasks[((following - config.seed) // config.turn) % len(tasks)]
+                    turn = config.turn * (2 if config.pairs else 1)
+                    task = tasks[((following - config.seed) // turn) % len(tasks)]
                     pending[pool.submit(_attempt, following, task, str(work))] = following
                 following += 1
             done, _ = concurrent.futures.wait(
@@ -320,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--turn", type=int, default=1)
+    parser.add_argument("--pairs", action="store_true", help="every scene twice, asked for another object")
     parser.add_argument("--codec", default="h264")
     parser.add_argument("--out", required=True)
     parser.add_argument("--no-noise", action="store_true", help="execute what the expert says")

@@ -100,11 +100,18 @@ class Teacher:
 
 
 def run_expert(
-    environment: Any, expert: Expert, seed: int, task: str, noise: Noise, render: bool = True
+    environment: Any,
+    expert: Expert,
+    seed: int,
+    task: str,
+    noise: Noise,
+    render: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """One episode through the control loop; None when the expert fails.
 
-    Returns (arrays [T, ...] per feature, facts about the episode). Without `render` there are no images.
+    Returns (arrays [T, ...] per feature, facts about the episode). Without `render` there are no images. options: of
+    the environment's reset.
     """
     embodiment: Embodiment = environment.embodiment
     teacher = Teacher(expert, embodiment, noise)
@@ -120,7 +127,7 @@ def run_expert(
         rows["perturbed"].append(np.array([teacher.differs]))
 
     loop = control_loop(embodiment, SequentialScheduler(execute=1))
-    result = run_episode(environment, teacher, loop, seed, task=task, on_step=record)
+    result = run_episode(environment, teacher, loop, seed, task=task, on_step=record, options=options)
     if not result.success:
         return None
     facts = {
@@ -130,5 +137,6 @@ def run_expert(
         "instruction": result.instruction,
         "steps": result.steps,
         "noise_level": teacher.perturbation.level,
+        "options": dict(options or {}),
     }
     return {key: np.stack(values) for key, values in rows.items()}, facts

@@ -60,6 +60,25 @@ def test_data_set_is_complete(collected: Path) -> None:
     assert not collected.with_name("one.work").exists()
 
 
+def test_pairs_ask_for_two_objects_in_the_same_scene(tmp_path: Path) -> None:
+    collect(config(tmp_path / "pairs", task="pick_place", pairs=True, noise=Noise(fraction=0.0)), progress=False)
+    dataset = LeRobotDataset(tmp_path / "pairs")
+    facts = dataset.collection()["episodes"]
+    assert [(fact["seed"], fact["options"]) for fact in facts] == [
+        (40, {}),
+        (40, {"swap": True}),
+        (41, {}),
+        (41, {"swap": True}),
+    ]
+    for first, second in ((0, 1), (2, 3)):
+        pair = [dataset.episodes[i] for i in (first, second)]
+        assert facts[first]["instruction"] != facts[second]["instruction"]
+        pictures = [dataset.frame("agentview", episode.start).astype(int) for episode in pair]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 4  # the same scene, up to the codec
+        ends = [np.asarray(dataset.column("observation.state"))[episode.start + 15, :2] for episode in pair]
+        assert np.linalg.norm(ends[0] - ends[1]) > 0.03  # and the arm goes elsewhere
+
+
 def test_two_workers_make_the_same_bytes(collected: Path, tmp_path: Path) -> None:
     collect(config(tmp_path / "two", workers=2), progress=False)
     assert content(tmp_path / "two") == content(collected)

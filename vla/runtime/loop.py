@@ -7,7 +7,7 @@ embodiment when its actions need one. `tick` does not log: it appends one row to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -199,17 +199,18 @@ def run_episode(
     latency_s: float = 0.0,
     on_step: Callable[[Observation, Command, dict[str, Any]], None] | None = None,
     instruction: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> EpisodeResult:
     """Policy, loop and environment in one process, on the environment's simulated clock: repeats bit for bit.
 
     latency_s: simulated time from an observation to its chunk (the real computing time does not count).
     on_step(observation, command, info) is called before each command is executed; images may be rendered in it.
-    instruction: overrides the environment's own. Raises EmbodimentMismatch when policy and environment differ.
+    instruction: overrides the environment's own. options: further ones of the environment's reset. Raises EmbodimentMismatch when policy and environment differ.
     """
     environment.embodiment.require_same(policy.embodiment, "environment and policy")
     environment.embodiment.require_same(loop.embodiment, "environment and control loop")
-    options = {key: value for key, value in (("task", task), ("instruction", instruction)) if value is not None}
-    observation, info = environment.reset(seed=seed, options=options or None)
+    given = {key: value for key, value in (("task", task), ("instruction", instruction)) if value is not None}
+    observation, info = environment.reset(seed=seed, options={**(options or {}), **given} or None)
     policy.reset(seed)
     _, positions, velocities = environment.joint_state()
     now_ns = observation.stamp_ns
