@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import tiny_config
 from vla.data.lerobot import LeRobotDataset
+from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
 from vla.training.trainer import Trainer, train
@@ -151,6 +152,23 @@ def test_early_frames_count_more(tiny_dataset) -> None:
     frames, counts = np.unique(weighted, return_counts=True)
     assert np.array_equal(frames, plain)
     assert np.array_equal(counts, np.where(frames - starts[frames] < 5, 3, 1))
+
+
+def test_late_frames_are_thinned_and_take_no_memory(tiny_dataset, tmp_path) -> None:
+    dataset = LeRobotDataset(tiny_dataset)
+    every = TrainingData(dataset, 16)
+    thin = TrainingData(dataset, 16, early_steps=5, late_stride=4)
+    starts = np.array([episode.start for episode in dataset.episodes])[dataset.episode_of]
+    since = np.arange(len(dataset)) - starts
+    keep = (since < 5) | ((since - 5) % 4 == 0)
+    assert np.array_equal(thin.train_frames, every.train_frames[keep[every.train_frames]])
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, early_steps=5, late_stride=4))
+    images = trainer.data.images
+    assert len(images["wrist"]) == len(thin.train_frames) + len(thin.val_frames)
+    row = int(thin.train_frames[-1])
+    assert np.array_equal(images.take("wrist", np.array([row]))[0], resize(dataset.frame("wrist", row), 32, 32))
+    with pytest.raises(DataError, match="rows of this store"):
+        images.take("wrist", np.flatnonzero(~keep)[:1])
 
 
 def test_a_run_can_stop_early_on_its_schedule_and_go_on(tiny_dataset, tmp_path) -> None:

@@ -42,7 +42,8 @@ class TrainingData:
     Episodes are split into training and validation by their number (every `1 / val_fraction`-th one validates), so the
     split does not depend on the seed of training. Frames whose next `settle` actions answer a perturbation that the
     observation cannot know of are left out of training. The first `early_steps` frames of an episode count
-    `early_repeat` times.
+    `early_repeat` times; of the later ones every `late_stride`-th is used (neighbours say nearly the same, and what
+    is not used takes no memory).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TrainingData:
         settle: int = 8,
         early_steps: int = 0,
         early_repeat: int = 1,
+        late_stride: int = 1,
     ):
         self.dataset, self.horizon = dataset, horizon
         self.embodiment: Embodiment = dataset.embodiment()
@@ -64,9 +66,11 @@ class TrainingData:
         frames = np.arange(len(dataset))
         validates = np.asarray(dataset.episode_of) % every == every - 1
         clean = self.windows.undisturbed(frames, min(settle, horizon)).all(axis=1)
-        self.train_frames, self.val_frames = frames[~validates & clean], frames[validates & clean]
         # Only in the first steps of an episode the words alone say where to go; later the motion gives it away.
         since_start = frames - np.array([episode.start for episode in dataset.episodes])[dataset.episode_of]
+        clean &= (since_start < early_steps) | ((since_start - early_steps) % late_stride == 0)
+        self.train_frames, self.val_frames = frames[~validates & clean], frames[validates & clean]
+        self._rows = frames[clean]
         repeats = np.where(since_start[self.train_frames] < early_steps, early_repeat, 1)
         self.train_frames = np.repeat(self.train_frames, repeats)
         if len(self.train_frames) == 0:
@@ -103,14 +107,14 @@ class TrainingData:
         for row, ids in zip(self._tokens, lists):
             row[: len(ids)] = ids
         self._text, self._text_valid = text_tokenizer.encode_padded(list(self.dataset.tasks))
-        self.images = FrameStore(self.dataset, image_sizes, on_progress=on_progress)
+        self.images = FrameStore(self.dataset, image_sizes, on_progress=on_progress, rows=self._rows)
 
     def batch(self, frames: np.ndarray) -> Batch:
         """frames: int[B]."""
         order = np.asarray(frames)
         task = self.task_of[order]
         return Batch(
-            {camera: np.ascontiguousarray(store[order]) for camera, store in self.images.items()},
+            {camera: self.images.take(camera, order) for camera in self.images},
             self._text[task],
             self._text_valid[task],
             self.states[order],

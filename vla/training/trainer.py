@@ -73,7 +73,8 @@ class TrainConfig:
 
     data: folder of a LeRobotDataset. out: folder of the run (checkpoint, bundle, logs). steps, batch_size: of the
     optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the averaged weights, 0 for none.
-    precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate. settle: see TrainingData.
+    precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate. settle,
+    early_steps, early_repeat, late_stride: see TrainingData.
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
     for runs of more than half an hour). image_shift: random shift of training images in pixels. init: a bundle folder
     whose weights, tokenizers and normalisation this run starts from, "" for none. stop_step: end the run there, on the
@@ -100,6 +101,7 @@ class TrainConfig:
     settle: int = 8
     early_steps: int = 0
     early_repeat: int = 1
+    late_stride: int = 1
     init: str = ""
     stop_step: int = 0
     image_shift: int = 0
@@ -152,8 +154,9 @@ class Trainer:
         dataset = LeRobotDataset(config.data)
         recipe = config.model
         self.data = TrainingData(
-            dataset, recipe.horizon, config.val_fraction, config.settle, config.early_steps, config.early_repeat
-        )
+            dataset, recipe.horizon, config.val_fraction, config.settle, config.early_steps, config.early_repeat,
+            config.late_stride,
+        )  # fmt: skip
         start = self._start_bundle()
         if start is not None:
             self.data.use_normalizers(start.state_normalizer, start.action_normalizer)
