@@ -11,7 +11,7 @@ TEST    := $(VENV)/.test-installed
 USER_ID := $(shell id -u)
 
 # Rooms that hold numpy only, and what runs beside the arm: checked strictly.
-TYPED := vla/errors.py vla/types.py vla/embodiment.py vla/policy.py vla/resources.py vla/runtime vla/tokenizers \
+TYPED := vla/errors.py vla/types.py vla/embodiment.py vla/policy.py vla/resources.py vla/files.py vla/runtime vla/tokenizers \
          vla/cli policies/hold.py ros_nodes
 
 .PHONY: demo test install gl libero lint types unit clean

@@ -53,6 +53,7 @@ from ros_nodes.node import (
 from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, VlaError, explain, nearest
+from vla.files import write_text
 from vla.policy import DecodeReport, InferResult
 from vla.runtime.gate import Reason, Verdict
 from vla.runtime.loop import ControlLoop, control_loop
@@ -367,10 +368,8 @@ class CommandCore:
         trace = self._loop.trace
         if self._out is None or trace is None:
             return ""
-        self._out.mkdir(parents=True, exist_ok=True)
-        part = self._out / ".control.json.part"
-        part.write_text(json.dumps({**summarize(trace), **self.summary()}, indent=1))
-        part.replace(self._out / "control.json")  # before the trace: small, and what a run cut short is judged by
+        # before the trace: small, and what a run cut short is judged by
+        write_text(self._out / "control.json", json.dumps({**summarize(trace), **self.summary()}, indent=1))
         trace.save_mcap(self._out / "trace.mcap")
         return str(self._out)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ros_nodes.graph import Graph, Outcome
 from vla.errors import VlaError
+from vla.files import write_text
 from vla.runtime.summary import wilson_95
 
 FIRST_SEED = 1_000_000  # seeds below are for demonstrations (sim.environment.EVAL_SEED_START; only the simulator
@@ -58,9 +59,7 @@ def evaluate(graph: Graph, seeds: Iterable[int], **options: Any) -> dict[str, An
     report = graph.report()
     stops = report.pop("stops", [])
     result = {"policy": graph.policy, "env": graph.env, "success": rates(graph.outcomes), **report, "stops": len(stops)}
-    part = graph.out / ".evaluation.json.part"
-    part.write_text(json.dumps(result, indent=1))
-    part.replace(graph.out / "evaluation.json")
+    write_text(graph.out / "evaluation.json", json.dumps(result, indent=1))
     return result
 
 

@@ -26,6 +26,7 @@ from ros_nodes.messages import DISTROS, Clock, decode, encode
 from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Now, Send
 from ros_nodes.wire import Participant, Publisher
 from vla.errors import TransportError
+from vla.files import write_text
 
 CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
 _WAKE, _RESULT = object(), object()
@@ -210,10 +211,7 @@ class WheelShell:
     def _write_stats(self) -> None:
         if self._stats_path is None:
             return
-        self._stats_path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._stats_path.with_name(self._stats_path.name + ".part")
-        part.write_text(json.dumps(self.stats(), indent=1))
-        part.replace(self._stats_path)
+        write_text(self._stats_path, json.dumps(self.stats(), indent=1))
 
 
 def _yield_to_other_threads() -> None:

@@ -27,6 +27,7 @@ from vla.data.lerobot import IMAGE_PREFIX
 from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, VlaError, explain, nearest
+from vla.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -261,9 +262,7 @@ def _claim(work: Path, config: CollectConfig) -> None:
         # a longer or shorter run over the same seeds may continue: episodes do not depend on how many there are
         _require_same(record, json.loads(record.read_text()) | {"episodes": config.episodes}, config)
         return
-    temporary = record.with_suffix(".part")
-    temporary.write_text(json.dumps(config.identity(), indent=2))
-    os.replace(temporary, record)
+    write_text(record, json.dumps(config.identity(), indent=2))
 
 
 def _finished(out: Path, config: CollectConfig) -> CollectReport:

@@ -14,7 +14,6 @@ Controls, each a run over the same seeds:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from sim.control import ExpertPolicy, make_expert
 from sim.environment import EVAL_SEED_START, make
 from vla.errors import ConfigError, DataError, explain, nearest
+from vla.files import write_text
 from vla.policy import InferContext, InferResult, Policy
 from vla.resources import bundle_path
 from vla.runtime.loop import ControlLoop, control_loop, run_episode
@@ -191,10 +191,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """As JSON, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(temporary, path)
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vla.cli import plots
-from vla.cli.results import RunRecord, by_family, write_atomic
+from vla.cli.results import RunRecord, by_family
+from vla.files import write_text
 from vla.runtime.summary import wilson_95
 
 MAX_EVENTS = 100
@@ -36,7 +37,7 @@ code { font-size: .86rem; }
 def write_report(record: RunRecord, out: Path, film: Path | None = None, trace: Path | None = None) -> Path:
     """Write `out`/report.html and return its path. film, trace: shown or linked when they exist."""
     path = out / "report.html"
-    write_atomic(path, render(record, film, trace))
+    write_text(path, render(record, film, trace))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vla.files import write_text
 from vla.runtime.summary import percentiles, wilson_95
 
 
@@ -126,21 +126,10 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside the target, then rename: a reader or an interrupted run never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_results(record: RunRecord, out: Path) -> None:
     """summary.json and run.json into `out`."""
-    write_atomic(out / "summary.json", json.dumps(record.summary(), indent=2) + "\n")
-    write_atomic(out / "run.json", json.dumps(record.details(), indent=2) + "\n")
+    write_text(out / "summary.json", json.dumps(record.summary(), indent=2) + "\n")
+    write_text(out / "run.json", json.dumps(record.details(), indent=2) + "\n")
 
 
 def by_family(episodes: Sequence[Episode]) -> dict[str, tuple[int, int]]:

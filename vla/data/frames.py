@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
 from vla.errors import DataError, explain
+from vla.files import replacing
 
 _SPAN = 2048  # frames that one thread decodes in a row
 _BATCH = 32  # frames resized together
@@ -100,8 +99,7 @@ def _build(
                 "Choose smaller images, or free some.",
             )
         )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with replacing(path) as temporary:
         target = np.lib.format.open_memmap(temporary, "w+", np.uint8, (total, height, width, 3))
 
         def fill(start: int) -> int:
@@ -129,6 +127,3 @@ def _build(
                 if on_progress:
                     on_progress(done, total)
         target.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

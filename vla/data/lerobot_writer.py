@@ -13,9 +13,6 @@ depends on the shards and their order alone. Format: huggingface/lerobot, docs "
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ import pyarrow.parquet as pq
 from vla.data import video
 from vla.data.statistics import image_histogram, stats_from_histogram, stats_of
 from vla.errors import DataError, explain
+from vla.files import replacing
 
 VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -89,23 +87,20 @@ def write_shard(
     length = _check_episode(spec, arrays)
     if folder.exists():
         return
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
     try:
-        chosen = video.codec(spec.codec)
-        stored = {key: np.ascontiguousarray(arrays[key], spec.features[key].dtype) for key in spec.numeric}
-        for key in spec.cameras:
-            video.encode(temporary / f"{key}.mp4", arrays[key], spec.fps, chosen)
-            stored[f"histogram/{key}"] = image_histogram(arrays[key])
-        np.savez(temporary / "arrays.npz", **stored)  # type: ignore[arg-type]  # numpy 2.x stub
-        record = {"task": task, "length": length, "extra": dict(extra or {})}
-        (temporary / "episode.json").write_text(json.dumps(record))
-        os.replace(temporary, folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            chosen = video.codec(spec.codec)
+            stored = {key: np.ascontiguousarray(arrays[key], spec.features[key].dtype) for key in spec.numeric}
+            for key in spec.cameras:
+                video.encode(temporary / f"{key}.mp4", arrays[key], spec.fps, chosen)
+                stored[f"histogram/{key}"] = image_histogram(arrays[key])
+            np.savez(temporary / "arrays.npz", **stored)  # type: ignore[arg-type]  # numpy 2.x stub
+            record = {"task": task, "length": length, "extra": dict(extra or {})}
+            (temporary / "episode.json").write_text(json.dumps(record))
     except OSError:
         if not folder.exists():  # else another process finished the same episode first: equally good
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_episode(spec: DatasetSpec, arrays: Mapping[str, np.ndarray]) -> int:
@@ -174,13 +169,9 @@ def merge(
         )
     if not shards:
         raise DataError(explain(str(out), "at least one episode", "none", "Collect demonstrations first."))
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out) as temporary:
+        temporary.mkdir()
         _merge_into(temporary, shards, spec, extra_meta or {}, on_episode)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _merge_into(

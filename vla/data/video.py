@@ -6,7 +6,6 @@ joining is copying packets with shifted time stamps: an episode looks the same a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +16,7 @@ import av
 import numpy as np
 
 from vla.errors import ConfigError, DataError, explain, nearest
+from vla.files import replacing
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCode
 
     One encoder thread, so that equal frames give equal bytes.
     """
-    temporary = path.with_name(path.name + ".part")
     count = 0
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = None
         for image in frames:
             if stream is None:
@@ -83,16 +82,13 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCode
         if stream is None:
             raise DataError(explain(str(path), "at least one frame", "none", "Record before writing a clip."))
         container.mux(stream.encode())
-    os.replace(temporary, path)
     return count
 
 
 def concatenate(path: Path, clips: Sequence[tuple[Path, int]], fps: int) -> None:
     """Join clips [(file, frames)] into one mp4 by copying packets, atomically. All clips share codec and size."""
-    temporary = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     offset = 0
-    with av.open(str(temporary), "w", format="mp4") as output:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as output:
         target: Any = None
         for clip, frames in clips:
             with _open(clip) as source:
@@ -110,7 +106,6 @@ def concatenate(path: Path, clips: Sequence[tuple[Path, int]], fps: int) -> None
                     packet.stream = target
                     output.mux(packet)
             offset += frames
-    os.replace(temporary, path)
 
 
 def decode(path: Path, start: int = 0, stop: int | None = None, fps: float = 0.0) -> Iterator[np.ndarray]:

@@ -205,7 +205,8 @@ def run_episode(
 
     latency_s: simulated time from an observation to its chunk (the real computing time does not count).
     on_step(observation, command, info) is called before each command is executed; images may be rendered in it.
-    instruction: overrides the environment's own. options: further ones of the environment's reset. Raises EmbodimentMismatch when policy and environment differ.
+    instruction: overrides the environment's own. options: further ones of the environment's reset.
+    Raises EmbodimentMismatch when policy and environment differ.
     """
     environment.embodiment.require_same(policy.embodiment, "environment and policy")
     environment.embodiment.require_same(loop.embodiment, "environment and control loop")

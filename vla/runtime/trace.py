@@ -25,6 +25,7 @@ from mcap.writer import CompressionType, Writer
 
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, explain
+from vla.files import replacing
 from vla.policy import DecodeReport
 from vla.runtime.gate import Decision, Reason, Verdict
 from vla.runtime.scheduler import DueAction
@@ -158,14 +159,8 @@ class Trace:
     def save_mcap(self, path: str | Path) -> Path:
         """Write everything to one MCAP file, atomically, messages in order of time."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with temporary.open("wb") as stream:
-                self._write(stream)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            self._write(stream)
         return path
 
     def _write(self, stream: Any) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vla.errors import ConfigError, DataError, explain
-from vla.tokenizers.files import canonical_sha256, check_keys, read_json, write_atomic
+from vla.files import write_text
+from vla.tokenizers.files import canonical_sha256, check_keys, read_json
 
 FORMAT_VERSION = 1
 _FILE = "bins.json"
@@ -86,7 +87,7 @@ class BinTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write `bins.json` into a folder, atomically."""
-        write_atomic(Path(path) / _FILE, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(path) / _FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> BinTokenizer:

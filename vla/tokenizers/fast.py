@@ -26,7 +26,8 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vla.errors import ConfigError, DataError, explain
-from vla.tokenizers.files import canonical_sha256, check_keys, read_json, write_atomic
+from vla.files import write_text
+from vla.tokenizers.files import canonical_sha256, check_keys, read_json
 
 FORMAT_VERSION = 1
 _FIRST_CHARACTER = 0x4E00
@@ -272,8 +273,8 @@ class FastTokenizer:
             "coefficient_range": [self.lower, self.upper],
             "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
-        write_atomic(folder / _TOKENIZER_FILE, text)
-        write_atomic(folder / _CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        write_text(folder / _TOKENIZER_FILE, text)
+        write_text(folder / _CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
     def _whole_length(self, piece: bytes) -> int:
         """Integers in a token; 0 when it cuts a character or holds an integer that decode would clamp."""

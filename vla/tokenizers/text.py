@@ -15,7 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vla.errors import ConfigError, DataError, ObservationError, explain
-from vla.tokenizers.files import canonical_sha256, check_keys, read_json, write_atomic
+from vla.files import write_text
+from vla.tokenizers.files import canonical_sha256, check_keys, read_json
 from vla.types import check_instruction
 
 FORMAT_VERSION = 1
@@ -146,7 +147,7 @@ class TextTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write one file into a folder, atomically."""
-        write_atomic(Path(path) / _CONFIG_FILE, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
+        write_text(Path(path) / _CONFIG_FILE, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
 
     @classmethod
     def load(

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from vla.checkpoints import bundle as bundles
 from vla.checkpoints.bundle import Bundle
 from vla.data.lerobot import LeRobotDataset
 from vla.errors import ConfigError, DataError, explain
+from vla.files import replacing
 from vla.models.transformer import TransformerConfig
 from vla.models.vision import CameraEncoderConfig
 from vla.models.vla import ModelConfig, Vla
@@ -334,9 +334,8 @@ class Trainer:
             "average": self.average.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint_path)
+        with replacing(self.checkpoint_path) as temporary:
+            torch.save(state, temporary)
 
     def resume(self) -> bool:
         """Continue from the checkpoint of this run, if there is one of the same configuration."""
