@@ -29,13 +29,13 @@ def test_gl_renders_here() -> None:
     assert one("gl").state == doctor.FOUND
 
 
-def test_missing_bundles_make_the_base_unusable(
+def test_missing_bundles_are_named_and_the_base_stays_usable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("vla.resources.pretrained_dir", lambda: tmp_path)
-    assert main.main(["doctor", "--only", "bundles", "--json"]) == 1
+    assert main.main(["doctor", "--only", "bundles", "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["usable"] is False
+    assert out["usable"] is True
     assert out["checks"][0]["state"] == doctor.MISSING and "vla train" in out["checks"][0]["remedy"]
 
 
