@@ -28,5 +28,5 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
 def finite(loss: Tensor, step: int) -> Tensor:
     """The loss, or FloatingPointError when training has diverged."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {step}. Lower train.lr.")
+        raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {step}. Lower lr.")
     return loss

@@ -187,7 +187,7 @@ class Trainer:
             return None
         start = bundles.load(self.config.init)
         self.data.embodiment.require_same(
-            start.embodiment, f"data {self.config.data} and train.init {self.config.init}", "Start without train.init."
+            start.embodiment, f"data {self.config.data} and init {self.config.init}", "Start without init."
         )
         return start
 
@@ -196,7 +196,7 @@ class Trainer:
         if start.config != mine:
             differing = [name for name in vars(mine) if getattr(mine, name) != getattr(start.config, name)]
             raise ConfigError(
-                explain("train.init", f"a bundle of the same {', '.join(differing)}", "another", "Choose its model.")
+                explain("init", f"a bundle of the same {', '.join(differing)}", "another", "Choose its model.")
             )
         self.model.load_state_dict(start.model.state_dict())
 
@@ -352,7 +352,7 @@ class Trainer:
             changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             raise ConfigError(
                 explain(str(self.out), f"the same {', '.join(changed)} as before", "other values",
-                        "Choose another train.out, or remove its checkpoint.pt.")
+                        "Choose another out, or remove its checkpoint.pt.")
             )  # fmt: skip
         self.model.load_state_dict(state["model"])
         if self.average is not None:
