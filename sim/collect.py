@@ -27,7 +27,7 @@ from vla.data.lerobot import IMAGE_PREFIX
 from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, VlaError, explain, nearest
-from vla.files import write_text
+from vla.files import exclusive, write_text
 
 log = logging.getLogger(__name__)
 
@@ -177,18 +177,20 @@ def collect(config: CollectConfig, progress: bool = True) -> CollectReport:
         if config.task not in tasks:
             raise ConfigError(f"task: {config.task!r} is not one of {config.env}. {nearest(config.task, tasks)}")
         tasks = (config.task,)
-    _claim(work, config)
-    with _bar(progress) as advance:
-        kept, attempts, frames = _run_seeds(config, tasks, work, advance)
-    log.info("merging %d episodes", len(kept))
-    shards = [_shard(work, seed) for seed in kept]
-    episodes = [json.loads((shard / "episode.json").read_text())["extra"] for shard in shards]
-    meta = {
-        "embodiment": embodiment.to_dict(),
-        "collection": {"config": config.identity(), "attempts": attempts, "episodes": episodes},
-    }
-    merge(shards, out, spec_of(embodiment, config.codec), meta)
-    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with exclusive(work, "out"):
+        _claim(work, config)
+        with _bar(progress) as advance:
+            kept, attempts, frames = _run_seeds(config, tasks, work, advance)
+        log.info("merging %d episodes", len(kept))
+        shards = [_shard(work, seed) for seed in kept]
+        episodes = [json.loads((shard / "episode.json").read_text())["extra"] for shard in shards]
+        meta = {
+            "embodiment": embodiment.to_dict(),
+            "collection": {"config": config.identity(), "attempts": attempts, "episodes": episodes},
+        }
+        merge(shards, out, spec_of(embodiment, config.codec), meta)
+        shutil.rmtree(work, ignore_errors=True)
     return CollectReport(str(out), len(kept), frames, attempts, time.perf_counter() - began)
 
 

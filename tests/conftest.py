@@ -28,7 +28,7 @@ def tiny_config(data: Path, out: Path, **changes: object):
 
     recipe = ModelRecipe(
         cameras=(
-            CameraEncoderConfig("agentview", 32, 4, (8, 16)),
+            CameraEncoderConfig("agentview", 32, 4, (8, 16), points=2),
             CameraEncoderConfig("wrist", 32, 4, (8, 16)),
         ),
         transformer=TransformerConfig((ExpertConfig(32, 64), ExpertConfig(16, 32)), 2, 4, 2, 8),
@@ -36,6 +36,7 @@ def tiny_config(data: Path, out: Path, **changes: object):
     )
     settings: dict[str, object] = {
         "model": recipe, "tokenizer": TokenizerRecipe("fast", 128, 5.0), "steps": 6, "batch_size": 8,
+        "look_steps": 2,
         "warmup_steps": 2, "precision": "fp32", "device": "cpu", "val_fraction": 0.34, "log_every": 1, "val_every": 3,
         "val_batches": 1, "checkpoint_every": 3, "threads": 1,
     }  # fmt: skip

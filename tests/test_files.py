@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vla.files import replacing, write_text
+from vla.errors import ConfigError
+from vla.files import exclusive, replacing, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -29,3 +30,11 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError), replacing(tmp_path / "set") as temporary:
         temporary.mkdir()
     assert (tmp_path / "set" / "x").read_text() == "1" and names(tmp_path) == ["set"]
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    again = exclusive(tmp_path, "out")
+    with exclusive(tmp_path, "out"), pytest.raises(ConfigError, match=r"out: .*no other run"), again:
+        pass
+    with exclusive(tmp_path, "out"):
+        pass

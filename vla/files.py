@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from vla.errors import ConfigError, explain
 
 
 @contextlib.contextmanager
@@ -36,3 +39,20 @@ def write_text(path: str | Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path, key: str) -> Iterator[None]:
+    """Hold `folder`, which exists, for this process; ConfigError if another one holds it. Ends with the process.
+
+    key: the argument that named the folder, for the message.
+    """
+    with (Path(folder) / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                explain(key, "a folder that no other run is writing to", str(folder),
+                        "Wait for that run or end it, or choose another folder.")
+            ) from None  # fmt: skip
+        yield

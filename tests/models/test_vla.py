@@ -5,7 +5,7 @@ import torch
 
 from vla.models.masks import MaskRule
 from vla.models.transformer import ExpertConfig, TransformerConfig
-from vla.models.vision import CameraEncoder, CameraEncoderConfig
+from vla.models.vision import CameraEncoder, CameraEncoderConfig, SoftPoints
 from vla.models.vla import ModelConfig, TextSummary, Vla
 
 
@@ -78,10 +78,44 @@ def test_the_instruction_reaches_the_encoder_and_starts_as_nothing() -> None:
     torch.nn.init.normal_(encoder.blocks[0].conv2.weight, std=0.1)
     assert torch.equal(encoder(images, text), encoder(images))
     encoder(images, text).square().sum().backward()
-    assert encoder.films[0].weight.grad.abs().sum() > 0
+    assert encoder.films["0"].weight.grad.abs().sum() > 0
     with torch.no_grad():
-        encoder.films[0].weight.normal_()
+        encoder.films["0"].weight.normal_()
     assert not torch.allclose(encoder(images, text), encoder(images))
+
+
+def test_points_are_where_the_features_answer_the_words() -> None:
+    """A bright cell at a known place, a query that asks for brightness: the point lies there, and moves with it."""
+    points = SoftPoints(channels=8, points=1, text_width=4, width=2)
+    with torch.no_grad():
+        points.keys.weight.zero_()
+        points.keys.weight[0, 0] = 8.0
+        points.queries.weight.zero_()
+        points.queries.bias.zero_()
+        points.queries.bias[0] = 8.0
+        points.embed.weight.copy_(torch.eye(2) / points.GAIN)
+        points.embed.bias.zero_()
+    features = torch.zeros(2, 8, 5, 9)
+    features[0, 0, 0, 2] = features[1, 0, 4, 8] = 3.0
+    token = points(features, torch.randn(2, 4))
+    assert token.shape == (2, 1, 2)
+    assert torch.allclose(token[:, 0], torch.tensor([[-1.0, -0.5], [1.0, 1.0]]), atol=1e-3)  # y, x
+
+
+def test_points_depend_on_the_words_and_need_them() -> None:
+    torch.manual_seed(0)
+    config = CameraEncoderConfig("front", 32, 4, (8, 16), points=3)
+    encoder = CameraEncoder(config, 32, text_width=6)
+    images, text = torch.randint(0, 255, (2, 32, 32, 3)), torch.randn(2, 6)
+    tokens = encoder(images, text)
+    assert tokens.shape == (2, config.tokens, 32) and config.tokens == 17
+    other = encoder(images, -text)
+    assert not torch.allclose(tokens[:, -1], other[:, -1])
+    assert torch.equal(tokens[:, :-1], other[:, :-1])  # no modulation before the points
+    with pytest.raises(ValueError, match="front: points need text"):
+        encoder(images)
+    with pytest.raises(ValueError, match="text_width > 0"):
+        CameraEncoder(config, 32)
 
 
 def test_summary_ignores_padding_and_reads_order() -> None:

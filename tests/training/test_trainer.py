@@ -11,6 +11,7 @@ from tests.conftest import tiny_config
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
+from vla.training import objectives
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
 from vla.training.trainer import Trainer, train
 
@@ -57,7 +58,7 @@ def test_a_damaged_checkpoint_is_named(tiny_dataset, tmp_path) -> None:
 
 
 def test_loss_falls_when_a_batch_is_repeated(tiny_dataset, tmp_path) -> None:
-    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, steps=60, lr=3e-3))
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, steps=60, lr=3e-3, look_steps=0))
     trainer.data.train_frames = trainer.data.train_frames[:8]
     first = float(trainer.step()["loss"])
     for _ in range(40):
@@ -112,7 +113,7 @@ def test_missing_statistics_stop_training(tiny_dataset, tmp_path) -> None:
 
 
 def test_divergence_is_an_error(tiny_dataset, tmp_path) -> None:
-    trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path, look_steps=0))
     with torch.no_grad():
         trainer.model.head.logits.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
@@ -142,6 +143,49 @@ def test_a_run_can_start_from_a_bundle(tiny_dataset, tiny_bundle, tmp_path) -> N
     changed = replace(other, model=replace(other.model, keyframe_weight=0.0))
     with pytest.raises(ConfigError, match="auxiliary"):
         Trainer(changed)
+
+
+def test_what_to_look_for_is_ahead_and_standardised(tiny_dataset) -> None:
+    data = TrainingData(LeRobotDataset(tiny_dataset), 16)
+    episode = data.dataset.episodes[0]
+    frames = np.arange(episode.start, episode.stop)
+    looks = data._looks(frames)
+    rows = data._first_keyframes[0]
+    assert rows[0] == data._keyframe_rows[episode.start] and rows[0] <= rows[1] < episode.stop
+    for i, row in enumerate(rows):
+        assert np.isnan(looks[frames > row, i]).all()
+        ahead = looks[frames <= row, i]
+        assert np.array_equal(ahead, np.broadcast_to(ahead[0], ahead.shape), equal_nan=True)
+    targets = data._look_targets.reshape(-1, data.states.shape[1])
+    used = ~np.isnan(targets).any(axis=0)
+    assert used.any()
+    assert np.allclose(targets[:, used].mean(axis=0), 0, atol=1e-4)
+    assert np.allclose(targets[:, used].std(axis=0), 1, atol=1e-4)
+
+
+def test_targets_without_a_value_carry_no_loss_and_no_gradient() -> None:
+    prediction = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    loss = objectives.l1(prediction, torch.tensor([[0.0, float("nan"), 5.0]]))
+    assert loss.item() == pytest.approx(1.5)
+    loss.backward()
+    assert prediction.grad.tolist() == [[0.5, 0.0, -0.5]]
+    assert objectives.l1(prediction.detach(), torch.full((1, 3), float("nan"))).item() == 0.0
+
+
+def test_the_first_steps_train_the_points_alone(tiny_dataset, tmp_path) -> None:
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
+    assert trainer.look_steps == 2
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    starts = {episode.start for episode in trainer.data.dataset.episodes}
+    assert set(trainer.data.first_frames.tolist()) <= starts
+    assert set(trainer.step()) == {"loss", "look", "gradient_norm"}
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"look.weight", "cameras.agentview.points.queries.weight", "text.weight"} <= changed
+    assert not any(name.startswith(("transformer", "head", "cameras.wrist")) for name in changed)
+    trainer.step()
+    assert "tokens" in trainer.step()
+    assert trainer.learning_rate(1) == trainer.config.look_lr
+    assert trainer.learning_rate(2) == trainer.config.lr / 2  # the main schedule begins with its own warm-up
 
 
 def test_early_frames_count_more(tiny_dataset) -> None:

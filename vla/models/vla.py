@@ -27,7 +27,8 @@ class ModelConfig:
     cameras: in the order of the prefix. state_dim S, action_dim A, horizon T: of the data. text_vocab, text_length L:
     of the text tokenizer. action_vocab: of the action tokenizer. suffix_expert: the expert that runs action tokens.
     auxiliary: {name: size}, read-outs of the state token that only training uses. text_queries: how many learned
-    queries read the instruction for the image encoders (FiLM), 0 for encoders that do not know it.
+    queries read the instruction for the image encoders (FiLM), 0 for encoders that do not know it. look: size of a
+    linear read-out of the first camera's points token, only for training, 0 for none.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -41,6 +42,11 @@ class ModelConfig:
     suffix_expert: int = 1
     auxiliary: Mapping[str, int] = field(default_factory=dict)
     text_queries: int = 0
+    look: int = 0
+
+    def __post_init__(self) -> None:
+        if self.look and not self.cameras[0].points:
+            raise ValueError(f"look: expected a first camera with points, got {self.cameras[0].name} without. Set 0.")
 
 
 @dataclass
@@ -110,6 +116,7 @@ class Vla(nn.Module):
         self.transformer = Transformer(config.transformer)
         self.head = AutoregressiveHead(experts[config.suffix_expert].width, config.action_vocab)
         self.auxiliary = nn.ModuleDict({name: RegressionHead(width, size) for name, size in config.auxiliary.items()})
+        self.look = nn.Linear(width, config.look) if config.look else None
         nn.init.normal_(self.text.weight, std=0.02)
 
     # ---- segments ----
@@ -130,6 +137,12 @@ class Vla(nn.Module):
         token = self.state(state.to(self.state[0].weight.dtype)).view(batch, 1, -1)
         segments.append(Segment("state", 0, token, _all_valid(token), MaskRule.PREFIX))
         return segments
+
+    def look_ahead(self, images: Mapping[str, Tensor], text: Tensor, text_valid: Tensor) -> Tensor:
+        """What the points of the first camera say of where the words send the arm: [B, look]. Only for training."""
+        assert self.look is not None and self.summary is not None
+        name = self.config.cameras[0].name
+        return self.look(self.cameras[name](images[name], self.summary(self.text(text), text_valid))[:, -1])
 
     def action_segment(self, ids: Tensor, valid: Tensor) -> Segment:
         """Causal action tokens; ids int64[B, K] are inputs (already shifted), valid bool[B, K]."""

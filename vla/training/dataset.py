@@ -17,6 +17,9 @@ from vla.tokenizers import ActionTokenizer
 from vla.tokenizers.text import TextTokenizer
 
 IGNORE = -100  # label of positions without a loss
+_LOOK_MIN_STD = 0.3  # of a normalised state value at those changes; less cannot be told from a picture
+_POSITIONS = ("ee_x", "ee_y", "ee_z")
+LOOKS = 2  # gripper changes of an episode that Batch.look holds: where to grasp, where to let go
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Batch:
 
     images: {camera: uint8[B, H, W, 3]}. text, text_valid: [B, L]. state: float32[B, S]. tokens: int64[B, K], IGNORE
     behind the end. chunk: float32[B, T, A]. keyframe: float32[B, S], the state at the next gripper change.
+    look: float32[B, LOOKS, S], the states at the episode's first gripper changes, standardised; NaN for those that are
+    over, for values that hardly differ from episode to episode, and for all but the tool's position where the state has
+    one. It is where the words alone send the arm.
     """
 
     images: dict[str, np.ndarray]
@@ -34,6 +40,7 @@ class Batch:
     tokens: np.ndarray
     chunk: np.ndarray
     keyframe: np.ndarray
+    look: np.ndarray
 
 
 class TrainingData:
@@ -71,12 +78,26 @@ class TrainingData:
         clean &= (since_start < early_steps) | ((since_start - early_steps) % late_stride == 0)
         self.train_frames, self.val_frames = frames[~validates & clean], frames[validates & clean]
         self._rows = frames[clean]
+        self.first_frames = self.train_frames[since_start[self.train_frames] == 0]
         repeats = np.where(since_start[self.train_frames] < early_steps, early_repeat, 1)
         self.train_frames = np.repeat(self.train_frames, repeats)
         if len(self.train_frames) == 0:
             raise DataError(explain(str(dataset.path), "training frames", "none", "Collect more episodes."))
         self.task_of = np.asarray(dataset.column("task_index"), np.int64).reshape(-1)
         self._keyframe_rows = self._next_keyframe()
+        starts = np.array([episode.start for episode in dataset.episodes])
+        ends = np.array([episode.stop for episode in dataset.episodes])
+        looks = [self._keyframe_rows[starts]]
+        while len(looks) < LOOKS:
+            looks.append(self._keyframe_rows[np.minimum(looks[-1] + 1, ends - 1)])
+        self._first_keyframes = np.stack(looks, axis=1)
+        targets = self.states[self._first_keyframes]
+        std = targets.std(axis=(0, 1))
+        std[std < _LOOK_MIN_STD] = np.nan
+        names = self.embodiment.state_names
+        if any(name in _POSITIONS for name in names):  # small turns of the wrist would drown them
+            std[[name not in _POSITIONS for name in names]] = np.nan
+        self._look_targets = (targets - targets.mean(axis=(0, 1))) / std
 
     def use_normalizers(self, state: Normalizer, action: Normalizer) -> None:
         """Normalise with these: by default the data set's own statistics, else those of the bundle to start from."""
@@ -121,7 +142,13 @@ class TrainingData:
             self._tokens[order].astype(np.int64),
             self.chunks(order),
             self.states[self._keyframe_rows[order]],
+            self._looks(order),
         )
+
+    def _looks(self, frames: np.ndarray) -> np.ndarray:
+        episodes = np.asarray(self.dataset.episode_of)[frames]
+        ahead = self._first_keyframes[episodes] >= frames[:, None]
+        return np.where(ahead[..., None], self._look_targets[episodes], np.float32(np.nan))
 
     def _next_keyframe(self) -> np.ndarray:
         """int64[N]: the row where the gripper next changes its command, or the last row of the episode."""

@@ -21,8 +21,11 @@ def token_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of a read-out. prediction: [B, n]; target: [B, ...] with n values per sample."""
-    return (prediction.float() - target.flatten(1).float()).abs().mean()
+    """Mean absolute error of a read-out. prediction: [B, n]; target: [B, ...] of n values per sample, NaN for none."""
+    target = target.flatten(1).float()
+    counted = ~target.isnan()
+    error = (prediction.float() - target.nan_to_num()).abs()  # a NaN behind `where` would still poison the gradient
+    return torch.where(counted, error, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def finite(loss: Tensor, step: int) -> Tensor:

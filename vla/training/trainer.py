@@ -24,14 +24,14 @@ from vla.checkpoints import bundle as bundles
 from vla.checkpoints.bundle import Bundle
 from vla.data.lerobot import LeRobotDataset
 from vla.errors import ConfigError, DataError, explain
-from vla.files import replacing
+from vla.files import exclusive, replacing
 from vla.models.transformer import TransformerConfig
 from vla.models.vision import CameraEncoderConfig
 from vla.models.vla import ModelConfig, Vla
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
 from vla.tokenizers.text import TextTokenizer
 from vla.training import objectives
-from vla.training.dataset import IGNORE, Batch, TrainingData, sample_frames
+from vla.training.dataset import IGNORE, LOOKS, Batch, TrainingData, sample_frames
 
 Rollout = Callable[[Bundle, int], dict[str, float]]
 Log = Callable[[dict[str, Any]], None]
@@ -42,8 +42,9 @@ class ModelRecipe:
     """The part of ModelConfig that a person chooses; the rest follows from the data.
 
     horizon: T. text_length: L, longest instruction in tokens. auxiliary weights: keyframe (state at the next gripper
-    change) and chunk (the whole normalised chunk), read off the state token; they teach the backbone where to look and
-    are not used when acting. text_queries: see ModelConfig.
+    change) and chunk (the whole normalised chunk), read off the state token, and look (the states at the episode's
+    first gripper changes), read off the points of the first camera if it has any; they teach the backbone where to look
+    and are not used when acting. text_queries: see ModelConfig.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -54,6 +55,7 @@ class ModelRecipe:
     suffix_expert: int = 1
     keyframe_weight: float = 0.5
     chunk_weight: float = 0.5
+    look_weight: float = 2.0
     text_queries: int = 6
 
 
@@ -78,7 +80,9 @@ class TrainConfig:
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
     for runs of more than half an hour). image_shift: random shift of training images in pixels. init: a bundle folder
     whose weights, tokenizers and normalisation this run starts from, "" for none. stop_step: end the run there, on the
-    schedule of `steps`; 0 for never.
+    schedule of `steps`; 0 for never. look_steps: of a model with points, the first steps, which train only those, on
+    the first frames of episodes: ten times as fast, and from then on words point at objects. look_lr: learning rate of
+    these steps.
     """
 
     data: str
@@ -104,6 +108,8 @@ class TrainConfig:
     late_stride: int = 1
     init: str = ""
     stop_step: int = 0
+    look_steps: int = 1000
+    look_lr: float = 2.0e-3
     image_shift: int = 0
     log_every: int = 20
     val_every: int = 500
@@ -179,7 +185,12 @@ class Trainer:
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
-        self._loss = torch.compile(self._losses, dynamic=False) if config.compile else self._losses
+        self.look_steps = config.look_steps if self.model.look is not None and len(self.data.first_frames) else 0
+        self._loss: Callable[..., dict[str, Tensor]] = self._losses
+        self._look_loss: Callable[..., dict[str, Tensor]] = self._look_losses
+        if config.compile:
+            self._loss = torch.compile(self._losses, dynamic=False)
+            self._look_loss = torch.compile(self._look_losses, dynamic=False)
 
     # ---- parts ----
     def _start_bundle(self) -> Bundle | None:
@@ -223,6 +234,7 @@ class Trainer:
             recipe.cameras, recipe.transformer, embodiment.state_dim, embodiment.action_dim, recipe.horizon,
             self.text_tokenizer.vocab_size, recipe.text_length, self.tokenizer.vocab_size, recipe.suffix_expert,
             auxiliary, recipe.text_queries,
+            LOOKS * embodiment.state_dim if recipe.look_weight and recipe.cameras[0].points else 0,
         )  # fmt: skip
 
     def bundle(self) -> Bundle:
@@ -242,17 +254,22 @@ class Trainer:
     # ---- one step ----
     def learning_rate(self, step: int) -> float:
         config = self.config
+        if step < self.look_steps:
+            return config.look_lr * min(1.0, (step + 1) / config.warmup_steps)
+        step, steps = step - self.look_steps, config.steps - self.look_steps
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
-        share = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+        share = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
         return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * share)))
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the losses, detached."""
         config = self.config
-        frames = sample_frames(config.seed, self.step_number, self.data.train_frames, config.batch_size)
+        looking = self.step_number < self.look_steps
+        pool = self.data.first_frames if looking else self.data.train_frames
+        batch = self.data.batch(sample_frames(config.seed, self.step_number, pool, config.batch_size))
         self.model.train()
-        losses = self._loss(self.model, *self._tensors(self.data.batch(frames), self.step_number))
+        losses = (self._look_loss if looking else self._loss)(self.model, *self._tensors(batch, self.step_number))
         objectives.finite(losses["loss"], self.step_number).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for group in self.optimizer.param_groups:
@@ -271,7 +288,7 @@ class Trainer:
         images = {name: torch.from_numpy(value).to(self.device) for name, value in batch.images.items()}
         if step is not None and self.config.image_shift:
             images = {name: self._shifted(value, step) for name, value in images.items()}
-        rest = (batch.text, batch.text_valid, batch.state, batch.tokens, batch.chunk, batch.keyframe)
+        rest = (batch.text, batch.text_valid, batch.state, batch.tokens, batch.chunk, batch.keyframe, batch.look)
         return images, *(torch.from_numpy(value).to(self.device) for value in rest)
 
     def _shifted(self, images: Tensor, step: int) -> Tensor:
@@ -284,7 +301,7 @@ class Trainer:
 
     def _losses(
         self, model: Vla, images: dict[str, Tensor], text: Tensor, text_valid: Tensor, state: Tensor, tokens: Tensor,
-        chunk: Tensor, keyframe: Tensor,
+        chunk: Tensor, keyframe: Tensor, look: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         recipe = self.config.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -293,17 +310,28 @@ class Trainer:
             hidden = model.run(segments)
             logits = model.head.logits(hidden[-1])
             read = {name: head(hidden[-2][:, 0]) for name, head in model.auxiliary.items()}
+            if model.look is not None:
+                read["look"] = model.look(segments[0].embeddings[:, -1])  # as look_ahead does
         out = {"tokens": objectives.action_cross_entropy(logits, tokens)}
         total = out["tokens"]
         for name, target, weight in (
             ("keyframe", keyframe, recipe.keyframe_weight),
             ("chunk", chunk, recipe.chunk_weight),
+            ("look", look, recipe.look_weight),
         ):
-            if weight:
+            if weight and name in read:
                 out[name] = objectives.l1(read[name], target)
                 total = total + weight * out[name]
         out["accuracy"] = objectives.token_accuracy(logits, tokens)
         return {"loss": total, **out}
+
+    def _look_losses(
+        self, model: Vla, images: dict[str, Tensor], text: Tensor, text_valid: Tensor, *rest: Tensor
+    ) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            read = model.look_ahead(images, text, text_valid)
+        loss = objectives.l1(read, rest[-1])
+        return {"loss": loss, "look": loss}
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
@@ -430,4 +458,6 @@ def _scalars(folder: Path, step: int) -> Iterator[Callable[[dict[str, float], in
 
 def train(config: TrainConfig, log: Log | None = None, rollout: Rollout | None = None) -> TrainReport:
     """Train to the end, resuming a run that was killed."""
-    return Trainer(config, log, rollout).run()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with exclusive(config.out, "out"):
+        return Trainer(config, log, rollout).run()
