@@ -20,13 +20,14 @@ def rows_with(path: Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def main(source: Path, target: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for axis, name in ((left, "tokens"), (right, "accuracy")):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
+    for axis, name in ((left, "look"), (middle, "tokens"), (right, "accuracy")):
         axis.plot(*rows_with(source, name), linewidth=0.8, label="training batch")
         axis.plot(*rows_with(source, f"val_{name}"), "o-", markersize=3, label="held-out episodes, averaged weights")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    left.set_title("cross-entropy per action token")
+    left.set_title("where the words send the arm, standard deviations")
+    middle.set_title("cross-entropy per action token")
     right.set_title("most likely token is the expert's")
     right.legend(fontsize=8)
     figure.savefig(target, dpi=110)

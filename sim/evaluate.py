@@ -239,8 +239,8 @@ def evaluate(
             if path:
                 report.write(path)
             if on_episode:
-                on_episode(report)
-        return report
+                on_episode(_asked_for(report, config))
+        return _asked_for(report, config)
     finally:
         if environment is None:
             env.close()
@@ -380,6 +380,11 @@ def _begun(path: Path | None, config: EvalConfig, identity: dict[str, Any]) -> R
         raise ConfigError(
             explain("eval.out", "the report that was begun there", f"{pairs} ({path})", "Choose another `out`.")
         )
+    return report
+
+
+def _asked_for(report: Report, config: EvalConfig) -> Report:
+    """Without the episodes of a longer run before; its file keeps them."""
     last = config.seed + config.episodes
     return replace(report, episodes=tuple(e for e in report.episodes if config.seed <= e.seed < last))
 

@@ -158,6 +158,12 @@ def test_a_report_continues(environment: Any, tmp_path: Path) -> None:
         on_episode=lambda report: begun.append(len(report.episodes)),
     )
     assert begun == [3] and second.episodes[:2] == first.episodes
+    shorter = replace(config, episodes=1, seed=config.seed + 1)
+    with pytest.raises(ConfigError, match="seed"):  # another first seed is another run
+        evaluate(expert(environment), shorter, policy_id="a", environment=environment)
+    fewer = evaluate(expert(environment), replace(config, episodes=1), policy_id="a", environment=environment)
+    assert fewer.episodes == first.episodes[:1]
+    assert Report.read(tmp_path / "eval/none.json") == second  # a shorter run forgets nothing
     with pytest.raises(ConfigError, match="policy='a' there, 'b' now"):
         evaluate(expert(environment), config, policy_id="b", environment=environment)
     path = tmp_path / "eval/none.json"

@@ -1,0 +1,93 @@
+"""What every exact decoder promises: greedy's tokens, one by one, in fp32, and a cache that holds nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.test_vla import inputs, make
+from vla.decoding.autoregressive import AutoregressiveDecoder, Grammar
+from vla.decoding.jacobi import JacobiDecoder
+from vla.errors import ConfigError
+from vla.tokenizers import BinTokenizer, FastTokenizer
+
+EXACT = {f"jacobi-{window}": JacobiDecoder(window) for window in (1, 2, 5, 16, 64)}
+
+
+def tokenizer_of(kind: str):
+    if kind == "bins":
+        return BinTokenizer(32)
+    steps = np.random.default_rng(0).normal(size=(60, 8, 2)).cumsum(axis=1) / 4
+    return FastTokenizer.fit(steps.astype(np.float32), vocab_size=96, scale=2.0)
+
+
+def model_of(tokenizer, seed: int):
+    """A random model with opinions: weights large enough that tokens differ and depend on those before."""
+    model = make(horizon=8, action_vocab=tokenizer.vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight, std in (
+            (model.head.logits.weight, 1.0), (model.head.embedding.weight, 0.3), (model.text.weight, 1.0),
+            *((weight, 0.3) for weight in model.transformer.parameters() if weight.ndim == 2),
+        ):  # fmt: skip
+            weight.normal_(std=std, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", params=["bins", "fast"])
+def setting(request):
+    """20 models over one tokenizer."""
+    tokenizer = tokenizer_of(request.param)
+    return [model_of(tokenizer, seed) for seed in range(20)], Grammar(tokenizer, 8, 2), tokenizer
+
+
+@torch.inference_mode()
+def decode(decoder, model, grammar, prompts):
+    prefix = model.prefix(model.prefix_segments(*prompts), grammar.values)
+    return decoder.decode(model, prefix, grammar, [0] * len(prompts[-1])), prefix
+
+
+def prompt(seed: int, batch: int):
+    images, text, valid, _ = inputs(batch)
+    generator = torch.Generator().manual_seed(seed)
+    images = {  # noise of many pixels looks the same every time, a tint does not
+        name: (image * torch.rand(batch, 1, 1, 3, generator=generator)).to(torch.uint8)
+        for name, image in images.items()
+    }
+    text = torch.randint(0, 20, text.shape, generator=generator)
+    return images, text, valid, 5 * torch.randn(batch, 3, generator=generator)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_it_equals_greedy_on_200_prompts(name, setting) -> None:
+    models, grammar, _ = setting
+    different = set()
+    for seed in range(100):
+        model, prompts = models[seed % len(models)], prompt(seed, 2)
+        greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompts)
+        fast, prefix = decode(EXACT[name], model, grammar, prompts)
+        assert fast.ids == greedy.ids
+        assert fast.confidence == pytest.approx(greedy.confidence, abs=1e-4)
+        longest = max(map(len, fast.ids))
+        assert fast.passes <= longest
+        assert longest <= prefix.cache.length - prefix.length  # a batch ends with its slowest sample
+        different.add(tuple(map(tuple, fast.ids)))
+    assert len(different) > 50  # the prompts matter: equality is not that of constants
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_does_not_depend_on_the_tokens_before_takes_no_second_look(name) -> None:
+    """A model that ignores the action tokens: the second pass over a window finds it right."""
+    tokenizer = tokenizer_of("bins")
+    model, grammar = model_of(tokenizer, 0), Grammar(tokenizer, 8, 2)
+    with torch.no_grad():
+        model.head.embedding.weight.zero_()
+    decoder, count = EXACT[name], grammar.values
+    decoded, prefix = decode(decoder, model, grammar, prompt(0, 1))
+    greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompt(0, 1))
+    assert decoded.ids == greedy.ids and prefix.cache.length == prefix.length + count
+    assert decoded.passes == count if decoder.window == 1 else decoded.passes <= 1 + -(-count // (decoder.window - 1))
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decoder\.window"):
+        JacobiDecoder(0)
