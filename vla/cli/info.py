@@ -54,7 +54,7 @@ def describe(path: Path) -> dict[str, Any]:
         "action_tokenizer": f"{content['action_tokenizer'].get('kind')}, {config.action_vocab} tokens",
         "observation_offsets": list(bundle.observation_offsets),
         "training": dict(bundle.training),
-        "card": str(path / "README.md") if (path / "README.md").is_file() else None,
+        "card": str(path / "CARD.md") if (path / "CARD.md").is_file() else None,
     }
 
 
