@@ -188,6 +188,11 @@ def test_the_first_steps_train_the_points_alone(tiny_dataset, tmp_path) -> None:
     assert trainer.learning_rate(2) == trainer.config.lr / 2  # the main schedule begins with its own warm-up
 
 
+def test_a_run_too_short_for_actions_is_refused(tiny_dataset, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"look_steps: .*fewer than steps=6"):
+        Trainer(tiny_config(tiny_dataset, tmp_path, look_steps=6))
+
+
 def test_early_frames_count_more(tiny_dataset) -> None:
     dataset = LeRobotDataset(tiny_dataset)
     plain = TrainingData(dataset, 16).train_frames

@@ -59,7 +59,7 @@ class SoftPoints(nn.Module):
 
     The token is linear in the positions, and so is what training reads off it, and neither the arm's state nor words
     reach the features before. Each of that matters: behind a non-linear read-out, with the state in the query, or with
-    modulated features, words began to bind to objects after several times as many samples.
+    modulated features, words had not begun to bind to objects when here they already did.
     forward: features [B, C, h, w], text [B, text_width] -> [B, 1, width].
     """
 

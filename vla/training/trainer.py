@@ -81,7 +81,7 @@ class TrainConfig:
     for runs of more than half an hour). image_shift: random shift of training images in pixels. init: a bundle folder
     whose weights, tokenizers and normalisation this run starts from, "" for none. stop_step: end the run there, on the
     schedule of `steps`; 0 for never. look_steps: of a model with points, the first steps, which train only those, on
-    the first frames of episodes: ten times as fast, and from then on words point at objects. look_lr: learning rate of
+    the first frames of episodes: four times as fast, and from then on words point at objects. look_lr: learning rate of
     these steps.
     """
 
@@ -186,6 +186,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
         self.look_steps = config.look_steps if self.model.look is not None and len(self.data.first_frames) else 0
+        if self.look_steps >= config.steps:
+            raise ConfigError(
+                explain("train.look_steps", f"fewer than steps={config.steps}", self.look_steps,
+                        "Lower it, or no step is left that trains actions.")
+            )  # fmt: skip
         self._loss: Callable[..., dict[str, Tensor]] = self._losses
         self._look_loss: Callable[..., dict[str, Tensor]] = self._look_losses
         if config.compile:
@@ -255,7 +260,7 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         config = self.config
         if step < self.look_steps:
-            return config.look_lr * min(1.0, (step + 1) / config.warmup_steps)
+            return config.look_lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
         step, steps = step - self.look_steps, config.steps - self.look_steps
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
