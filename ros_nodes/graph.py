@@ -208,7 +208,8 @@ class Graph:
             CLOCK_OFFSET_VARIABLE: os.environ.setdefault(
                 CLOCK_OFFSET_VARIABLE, str(time.time_ns() - time.monotonic_ns())
             ),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            # Several processes share the cores: a pool that spins in one of them is time taken from the others.
+            **{name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
         }
         common = ["--domain", str(self.domain), "--stats", str(self.out / "stats" / f"{name}.json")]
         with open(logs / f"{name}.log", "ab") as log:

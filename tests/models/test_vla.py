@@ -43,6 +43,36 @@ def test_cached_suffix_equals_the_training_pass() -> None:
     assert prefix.cache.length == prefix.length + 6
 
 
+@torch.no_grad()  # not inference_mode: a model made there keeps no count of its writes
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("expert", [0, 1])
+def test_one_sample_on_a_cpu_runs_in_numpy_and_equals_the_training_pass(expert: int, activation: str) -> None:
+    experts = ExpertConfig(32, 64), ExpertConfig(16, 32)
+    model = make(suffix_expert=expert, transformer=TransformerConfig(experts, 2, 4, 2, 8, activation=activation))
+    for weight in model.parameters():
+        weight.copy_(torch.randn_like(weight) * 0.3)
+    args = inputs(1)
+    ids = torch.randint(0, 11, (1, 6))
+
+    def whole():
+        segments = [*model.prefix_segments(*args), model.action_segment(ids, torch.ones_like(ids).bool())]
+        return model.head.logits(model.run(segments)[-1])
+
+    prefix = model.prefix(model.prefix_segments(*args), 6)
+    assert prefix.host is not None
+    for sizes in ([6], [1, 1, 4], [2, 3, 1]):
+        prefix.cache.truncate(prefix.length)
+        pieces = [model.suffix_logits(prefix, part) for part in ids.split(sizes, dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), whole(), atol=1e-5), sizes
+    host, prefix.host = prefix.host, None  # torch goes on in the same cache
+    prefix.cache.truncate(prefix.length + 3)
+    assert torch.allclose(model.suffix_logits(prefix, ids[:, 3:]), whole()[:, 3:], atol=1e-5)
+    model.head.logits.weight.mul_(2)
+    again = model.prefix(model.prefix_segments(*args), 6)
+    assert torch.allclose(model.suffix_logits(again, ids), whole(), atol=1e-5)  # weights that changed are copied again
+    assert again.host is not None and again.host.weights is not host.weights
+
+
 @torch.inference_mode()
 def test_suffix_on_the_backbone_works_the_same() -> None:
     model = make(suffix_expert=0)

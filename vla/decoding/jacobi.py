@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vla.decoding.autoregressive import DecodedTokens, Grammar
+from vla.decoding.autoregressive import DecodedTokens, Grammar, confidences
 from vla.errors import ConfigError, explain
 from vla.models.vla import Prefix, Vla
 
@@ -31,53 +31,41 @@ class JacobiDecoder:
 
     @torch.inference_mode()
     def decode(self, model: Vla, prefix: Prefix, grammar: Grammar, seeds: Sequence[int]) -> DecodedTokens:
-        batch, device = len(seeds), prefix.next_position.device
-        width = min(self.window, grammar.values)
-        remaining = torch.full((batch,), grammar.values, dtype=torch.long, device=device)
-        last = torch.full((batch, 1), model.head.start_id, dtype=torch.long, device=device)
+        ids: list[list[int]] = [[] for _ in seeds]
+        remaining = [grammar.values] * len(seeds)
+        last = [model.head.start_id] * len(seeds)
         # What a draft starts from hardly matters as long as it is a token that the model has seen there.
-        draft = torch.zeros((batch, width), dtype=torch.long, device=device)
-        settled: list[Tensor] = []
-        opened: list[Tensor] = []
-        top: list[Tensor] = []
+        drafts = [[0] * self.window for _ in seeds]
+        rows: list[Tensor] = []
         passes = 0
-        while True:
+        while any(remaining):
             base = prefix.cache.length
             # Room for the whole window may be missing only when every sample is about to end.
-            width = min(width, prefix.cache.capacity - base)
-            logits = model.suffix_logits(prefix, torch.cat((last, draft[:, : width - 1]), dim=1)).float()
+            width = min(self.window, prefix.cache.capacity - base)
+            inputs = [[token, *draft[: width - 1]] for token, draft in zip(last, drafts)]
+            left = [grammar.before_each(r, draft[: width - 1]) for r, draft in zip(remaining, drafts)]
+            logits = model.suffix_logits(prefix, torch.tensor(inputs, device=prefix.device))
+            logits = grammar.constrain(logits, left)
+            updates = logits.argmax(dim=-1).tolist()
             passes += 1
-            left = _left_before(remaining, draft[:, :width], grammar)
-            allowed = grammar.valid[left] | (left == 0)[..., None]
-            logits = logits.masked_fill(~allowed, -torch.inf)
-            update = logits.argmax(dim=-1)
-            confidence = logits.softmax(dim=-1).gather(2, update[..., None])[..., 0]
             # Position j is settled when all drafts before it were right. A sample of a batch that has ended agrees with
             # anything; the others wait for the slowest, since the cache has one length.
-            right = (update == draft[:, :width]) | (left == 0)
-            count = 1 + int(right[:, : width - 1].cumprod(dim=1).sum(dim=1).min())
-            settled.append(update[:, :count])
-            opened.append(left[:, :count] > 0)
-            top.append(confidence[:, :count])
+            count = min(_settled(update, draft, before) for update, draft, before in zip(updates, drafts, left))
             prefix.cache.truncate(base + count)
-            remaining = _left_before(remaining, update[:, :count], grammar, after=True)
-            if not bool((remaining > 0).any()):
-                break
-            last = update[:, count - 1 : count]
-            draft = torch.cat((update[:, count:], update[:, -1:].expand(-1, draft.shape[1] - width + count)), dim=1)
-        ids, mask = torch.cat(settled, dim=1).cpu(), torch.cat(opened, dim=1).cpu()
-        probability = torch.cat(top, dim=1).cpu()
-        return DecodedTokens(
-            [row[keep].tolist() for row, keep in zip(ids, mask)],
-            passes,
-            [float(row[keep].mean()) for row, keep in zip(probability, mask)],
-        )
+            rows.append(logits[:, :count])
+            for sample, update in enumerate(updates):
+                for token in update[:count]:
+                    if remaining[sample]:
+                        ids[sample].append(token)
+                        remaining[sample] = max(0, remaining[sample] - grammar.lengths[token])
+                last[sample] = update[count - 1]
+                drafts[sample] = (update[count:] + update[-1:] * self.window)[: self.window]
+        return DecodedTokens(ids, passes, confidences(torch.cat(rows, dim=1), ids))
 
 
-def _left_before(remaining: Tensor, ids: Tensor, grammar: Grammar, after: bool = False) -> Tensor:
-    """How many values are still to come before each of the tokens `ids` [B, W], or after all of them: [B, W] or [B]."""
-    used = grammar.lengths[ids].cumsum(dim=1)
-    if after:
-        return (remaining - used[:, -1]).clamp(min=0)
-    used = torch.cat((torch.zeros_like(used[:, :1]), used[:, :-1]), dim=1)
-    return (remaining[:, None] - used).clamp(min=0)
+def _settled(update: Sequence[int], draft: Sequence[int], left: Sequence[int]) -> int:
+    """How many tokens of `update` came from right inputs only; left: values still to come before each of them."""
+    count = 1
+    while count < len(update) and (update[count - 1] == draft[count - 1] or not left[count - 1]):
+        count += 1
+    return count

@@ -29,9 +29,9 @@ class KVCache:
         shape = (depth, batch, kv_heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Views of the same memory, one per layer: picking them anew in every pass costs more than the copy.
+        self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0)))
         self.lengths = [0] * depth
-        # Which entries later queries may see; padding inside the prefix stays False.
-        self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
 
     @property
     def capacity(self) -> int:
@@ -48,16 +48,18 @@ class KVCache:
         With a host index the read is a view up to the last written entry; with a tensor index it is the whole
         capacity (fixed shapes), and the caller's mask says what counts.
         """
+        kept_keys, kept_values = self._layers[layer]
         if isinstance(index, int):
-            end = index + keys.shape[2]
+            count = keys.shape[2]
+            end = index + count
             if end > self.capacity:
                 raise IndexError(f"cache: expected at most {self.capacity} tokens, got {end}. Allocate a larger cache.")
-            self.keys[layer, :, :, index:end] = keys
-            self.values[layer, :, :, index:end] = values
-            return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        self.keys[layer].index_copy_(2, index, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(2, index, values.to(self.values.dtype))
-        return self.keys[layer], self.values[layer]
+            kept_keys.narrow(2, index, count).copy_(keys)
+            kept_values.narrow(2, index, count).copy_(values)
+            return kept_keys.narrow(2, 0, end), kept_values.narrow(2, 0, end)
+        kept_keys.index_copy_(2, index, keys.to(kept_keys.dtype))
+        kept_values.index_copy_(2, index, values.to(kept_values.dtype))
+        return kept_keys, kept_values
 
     def advance(self, count: int, layers: Iterable[int] | None = None) -> None:
         for layer in range(len(self.lengths)) if layers is None else layers:

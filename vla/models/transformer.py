@@ -48,14 +48,23 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, condition_width: int = 0):
         super().__init__()
         self.eps = eps
+        self.width = width
         self.weight = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        self.register_buffer("floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
         self.modulation = nn.Linear(condition_width, 3 * width) if condition_width else None
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        normed = F.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # The same in half the calls; on one token a call costs more than what it computes.
+            # sqrt(mean(x^2) + eps) * sqrt(width) = hypot(|x|, sqrt(width * eps))
+            length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+            normed = torch.addcdiv(self.zero, torch.addcmul(x, x, self.weight), length, value=math.sqrt(self.width))
+        else:
+            normed = F.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
         if self.modulation is None or condition is None:
             return normed, None
         scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
@@ -104,6 +113,8 @@ class Transformer(nn.Module):
         self.final_norms = nn.ModuleList(
             RMSNorm(expert.width, config.norm_eps, expert.condition_width) for expert in config.experts
         )
+        # The same modules as plain lists: looking them up in a ModuleList is a good part of a one-token pass.
+        self._experts = [list(layer) for layer in self.layers]
         half = config.head_dim // 2
         frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -130,33 +141,54 @@ class Transformer(nn.Module):
         write_index: int | Tensor = 0,
         layers: range | None = None,
         condition: Tensor | None = None,
+        fill_only: bool = False,
     ) -> list[Tensor | None]:
         """Run `layers` over the concatenation of the streams, in expert order.
 
         streams: one [B, Q_e, D_e] per expert, or None for an expert that is not in this pass. positions: int[B, Q],
         Q the sum of Q_e. mask: bool[B, Q, K], K the keys seen: Q without a cache, else what the cache returns for
         this write (see KVCache.write); None means every query sees every key. cache, write_index: where the Q new
-        entries go. layers: default all. condition: [B, C] for experts with adaptive norms.
+        entries go. layers: default all. condition: [B, C] for experts with adaptive norms. fill_only: only the cache
+        is wanted; the last of the layers stops at its keys and values, and the streams come out as they entered it.
         """
+        bias = None if mask is None else additive(mask, next(x.dtype for x in streams if x is not None))
+        return self.run(streams, self.rotary(positions), bias, cache, write_index, layers, condition, fill_only)
+
+    def run(
+        self,
+        streams: Sequence[Tensor | None],
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cache: KVCache | None = None,
+        write_index: int | Tensor = 0,
+        layers: range | None = None,
+        condition: Tensor | None = None,
+        fill_only: bool = False,
+    ) -> list[Tensor | None]:
+        """`forward` with what depends only on places made before: rotary, and bias [B, Q, K] (see `additive`)."""
         present = [i for i, x in enumerate(streams) if x is not None]
         hidden = [x for x in streams if x is not None]
         sizes = [x.shape[1] for x in hidden]
-        cos, sin = self.rotary(positions)
-        bias = None if mask is None else self._bias(mask, hidden[0])
-        for index in range(self.config.depth) if layers is None else layers:
-            layer = self.layers[index]
+        config, (cos, sin) = self.config, rotary
+        if bias is not None:
+            bias = self._spread(bias)
+        layers = range(config.depth) if layers is None else layers
+        for index in layers:
+            layer = self._experts[index]
             projected, gates = [], []
             for expert, x in zip(present, hidden):
                 normed, gate = layer[expert].attention_norm(x, condition)
                 projected.append(layer[expert].qkv(normed))
                 gates.append(gate)
             joined = projected[0] if len(projected) == 1 else torch.cat(projected, dim=1)
-            heads = joined.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, heads + 2 kv, Q, head_dim]
-            turned = rotate(heads[:, : -self.config.kv_heads], cos, sin)
-            q, k = turned[:, : self.config.heads], turned[:, self.config.heads :]
-            v = heads[:, -self.config.kv_heads :]
+            batch, count, _ = joined.shape
+            heads = joined.view(batch, count, -1, config.head_dim).transpose(1, 2)  # [B, heads + 2 kv, Q, head_dim]
+            turned_heads, v = heads.split((config.heads + config.kv_heads, config.kv_heads), dim=1)
+            q, k = rotate(turned_heads, cos, sin).split((config.heads, config.kv_heads), dim=1)
             if cache is not None:
                 k, v = cache.write(index, k, v, write_index)
+            if fill_only and index == layers[-1]:
+                break
             mixed = attend(q, k, v, bias).transpose(1, 2).flatten(2)  # [B, Q, heads * head_dim]
             parts = mixed.split(sizes, dim=1) if len(sizes) > 1 else (mixed,)
             for slot, (expert, part) in enumerate(zip(present, parts)):
@@ -172,18 +204,21 @@ class Transformer(nn.Module):
         """Final norm of one expert's stream, before a head."""
         return self.final_norms[expert](x, condition)[0]
 
-    def _bias(self, mask: Tensor, like: Tensor) -> Tensor:
-        """bool[B, Q, K] -> the additive mask that `attend` takes on this device, made once for all layers."""
-        zeros = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device)
-        bias = zeros.masked_fill_(~mask, -torch.inf)
-        if like.device.type != "cpu":
+    def _spread(self, bias: Tensor) -> Tensor:
+        """[B, Q, K] -> the shape that `attend` takes on this device, made once for all layers."""
+        if bias.device.type != "cpu":
             return bias[:, None]
-        groups = self.config.heads // self.config.kv_heads
-        if mask.shape[:2] == (1, 1):
+        batch, count, keys = bias.shape
+        if batch == count == 1:
             return bias  # broadcasts by itself: the path of cached decoding
-        batch, count, keys = mask.shape
+        groups = self.config.heads // self.config.kv_heads
         shape = (batch, self.config.kv_heads, groups, count, keys)
         return bias[:, None, None].expand(shape).reshape(batch * self.config.kv_heads, groups * count, keys)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool[...], True where a query may look, -> 0 there and -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -205,7 +240,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         scores = torch.bmm(rows, keys) * width**-0.5
     else:
         scores = torch.baddbmm(bias, rows, keys, alpha=width**-0.5)  # [B * kv_heads, groups * Q, K]
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
     return torch.bmm(weights, values).view(batch, heads, count, width)
 
 

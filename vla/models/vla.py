@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.models.heads import AutoregressiveHead, RegressionHead
+from vla.models.host import MOST_TOKENS, HostSuffix, HostWeights
 from vla.models.kv_cache import KVCache
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
-from vla.models.transformer import Transformer, TransformerConfig
+from vla.models.transformer import Transformer, TransformerConfig, additive
 from vla.models.vision import CameraEncoder, CameraEncoderConfig
 
 
@@ -70,16 +71,26 @@ class Segment:
 
 @dataclass
 class Prefix:
-    """A prefix that ran: its cache, and what a suffix needs to continue.
+    """A prefix that ran: its cache, and what each suffix token needs to continue, made once for all passes.
 
-    hidden: [B, P, D] last hidden states. next_position: int64[B], rotary position of the first suffix token.
-    cache.valid marks the P prefix entries that count; suffix entries are marked as they are written.
+    length: P, entries of the prefix in the cache. rotary: cos and sin [B, 1, S, head_dim] for the S suffix tokens that
+    there is room for. bias: [B, S, P + S], what a causal suffix token may see (`transformer.additive`). host: runs the
+    suffix passes where it can, None where it cannot.
     """
 
     cache: KVCache
-    hidden: Tensor
-    next_position: Tensor
     length: int
+    rotary: tuple[Tensor, Tensor]
+    bias: Tensor
+    host: HostSuffix | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
 
 
 class TextSummary(nn.Module):
@@ -117,6 +128,7 @@ class Vla(nn.Module):
         self.head = AutoregressiveHead(experts[config.suffix_expert].width, config.action_vocab)
         self.auxiliary = nn.ModuleDict({name: RegressionHead(width, size) for name, size in config.auxiliary.items()})
         self.look = nn.Linear(width, config.look) if config.look else None
+        self._host: HostWeights | None = None
         nn.init.normal_(self.text.weight, std=0.02)
 
     # ---- segments ----
@@ -181,30 +193,44 @@ class Vla(nn.Module):
         cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
         streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
         streams[0] = torch.cat([segment.embeddings for segment in segments], dim=1)
-        hidden = self.transformer(streams, positions_of(valid), mask, cache, 0)[0]
-        assert hidden is not None
+        expert = self.config.suffix_expert
+        self.transformer(streams, positions_of(valid), mask, cache, 0, fill_only=True)
         cache.advance(length)
-        cache.valid[:, :length] = valid
-        return Prefix(cache, hidden, valid.sum(dim=1), length)
+        steps = torch.arange(suffix_tokens, device=valid.device)
+        seen = torch.cat(
+            (
+                valid[:, None].expand(-1, suffix_tokens, -1),
+                (steps[:, None] >= steps)[None].expand(batch, -1, -1),
+            ),
+            dim=2,
+        )
+        rotary = self.transformer.rotary(valid.sum(dim=1)[:, None] + steps)
+        bias = additive(seen, cache.keys.dtype)
+        host = None
+        if batch == 1 and not torch.is_grad_enabled() and HostWeights.serves(self.transformer, expert):
+            if self._host is None or not self._host.current:
+                self._host = HostWeights(self.transformer, expert, self.head)
+            host = HostSuffix(self._host, cache, rotary, bias)
+        return Prefix(cache, length, rotary, bias, host)
 
     def suffix_logits(self, prefix: Prefix, ids: Tensor) -> Tensor:
         """Logits after each of Q new input tokens, written behind what the cache holds. int64[B, Q] -> [B, Q, V].
 
         Causal among the new tokens. The cache advances by Q; roll back with `prefix.cache.truncate`.
         """
-        cache = prefix.cache
-        start, count = cache.length, ids.shape[1]
-        end = start + count
-        steps = torch.arange(start - prefix.length, end - prefix.length, device=ids.device)
-        cache.valid[:, start:end] = True
-        mask = cache.valid[:, None, :end].expand(-1, count, -1)
-        if count > 1:
-            ahead = torch.ones(count, end, dtype=torch.bool, device=ids.device).tril(diagonal=start)
-            mask = mask & ahead
+        cache, expert = prefix.cache, self.config.suffix_expert
+        count, end = ids.shape[1], cache.length + ids.shape[1]
+        first, last = cache.length - prefix.length, end - prefix.length
+        if prefix.host is not None and count <= MOST_TOKENS:
+            logits = prefix.host.logits(ids[0].tolist(), first, cache.length)
+            cache.advance(count)
+            return torch.from_numpy(logits)[None]
+        cos, sin = prefix.rotary
         streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
-        expert = self.config.suffix_expert
         streams[expert] = self.head.embed(ids).to(cache.keys.dtype)
-        hidden = self.transformer(streams, prefix.next_position[:, None] + steps, mask, cache, start)[expert]
+        rotary = cos[:, :, first:last], sin[:, :, first:last]
+        bias = prefix.bias[:, first:last, :end]
+        hidden = self.transformer.run(streams, rotary, bias, cache, cache.length)[expert]
         assert hidden is not None
         cache.advance(count)
         return self.head.logits(self.transformer.finish(expert, hidden))
