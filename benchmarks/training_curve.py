@@ -1,4 +1,4 @@
-"""Draw the loss curve of a training run: python benchmarks/training_curve.py RUN/curve.jsonl OUT.png"""
+"""Draw the losses of a training run: python benchmarks/training_curve.py RUN/curve.jsonl OUT.png"""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+TITLES = {
+    "look": "where the words send the arm, standard deviations",
+    "fast": "cross-entropy per FAST token",
+    "fast_accuracy": "most likely FAST token is the expert's",
+    "bins": "cross-entropy per bin token",
+    "bins_accuracy": "most likely bin is the expert's",
+    "flow": "squared error of the velocity",
+    "parallel": "absolute error of the actions, normalised",
+    "hybrid_noise": "squared error of the noise",
+}
+
 
 def rows_with(path: Path, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one key; a run that was killed wrote some steps twice, the last one counts."""
@@ -20,16 +31,16 @@ def rows_with(path: Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def main(source: Path, target: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    for axis, name in ((left, "look"), (middle, "tokens"), (right, "accuracy")):
+    keys = {key for line in source.read_text().splitlines() for key in json.loads(line)}
+    names = sorted(key for key in keys if f"val_{key}" in keys and key not in ("loss", "keyframe", "chunk"))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), constrained_layout=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
         axis.plot(*rows_with(source, name), linewidth=0.8, label="training batch")
         axis.plot(*rows_with(source, f"val_{name}"), "o-", markersize=3, label="held-out episodes, averaged weights")
+        axis.set_title(TITLES.get(name, name.replace("_", ", ")))
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    left.set_title("where the words send the arm, standard deviations")
-    middle.set_title("cross-entropy per action token")
-    right.set_title("most likely token is the expert's")
-    right.legend(fontsize=8)
+    axes[0, -1].legend(fontsize=8)
     figure.savefig(target, dpi=110)
 
 

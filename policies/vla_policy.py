@@ -12,7 +12,8 @@ import torch
 from vla.checkpoints import bundle as bundles
 from vla.checkpoints.bundle import Bundle
 from vla.data.transforms import resize
-from vla.decoding.autoregressive import AutoregressiveDecoder, Grammar, TokenDecoder
+from vla.decoding.autoregressive import AutoregressiveDecoder
+from vla.decoding.base import DecodeInput, Decoder, Grammar
 from vla.embodiment import Embodiment
 from vla.errors import BundleError, ObservationError, explain
 from vla.policy import DecodeReport, InferContext, InferResult
@@ -20,26 +21,26 @@ from vla.types import ActionChunk, Observation
 
 
 class VlaPolicy:
-    """Observations -> normalised tensors -> prefix -> decoder -> action tokens -> chunk in physical units.
+    """Observations -> normalised tensors -> prefix -> decoder -> normalised actions -> chunk in physical units.
 
     Deterministic for equal observations, contexts and seeds; keeps no state between calls.
     """
 
-    def __init__(self, bundle: Bundle, decoder: TokenDecoder | None = None):
+    def __init__(self, bundle: Bundle, decoder: Decoder | None = None):
         if tuple(bundle.observation_offsets) != (0,):
             raise BundleError(
                 explain("observation_offsets", "[0]", list(bundle.observation_offsets), "No history is kept yet.")
             )
         self.bundle = bundle
         self.decoder = decoder or AutoregressiveDecoder()
+        self.decoder.check(bundle)
         self.device = next(bundle.model.parameters()).device
-        config = bundle.config
-        self.grammar = Grammar(bundle.action_tokenizer, config.horizon, config.action_dim, self.device)
+        self._grammars: dict[str, Grammar] = {}
         self._seed = 0
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, decoder: TokenDecoder | None = None, device: str = "cpu", threads: int | None = None
+        cls, path: str | Path, decoder: Decoder | None = None, device: str = "cpu", threads: int | None = None
     ) -> VlaPolicy:
         """Load a bundle folder. threads: torch CPU threads of this process (None leaves them as they are)."""
         if threads is not None:
@@ -83,17 +84,17 @@ class VlaPolicy:
             torch.from_numpy(valid).to(self.device),
             torch.from_numpy(state).to(self.device),
         )
-        # A token stands for at least one value, so T * A tokens always suffice.
-        prefix = bundle.model.prefix(segments, self.grammar.values)
+        prefix = bundle.model.prefix(segments, config.suffix_room)
         encoded = time.perf_counter()
         seeds = [_mix(self._seed, context.seed) for context in contexts]
-        decoded = self.decoder.decode(bundle.model, prefix, self.grammar, seeds)
+        decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started))
         results = []
         period_s = self.embodiment.period_s
-        for observation, context, tokens, confidence in zip(observations, contexts, decoded.ids, decoded.confidence):
-            actions, repaired = bundle.action_tokenizer.decode_report(tokens, config.horizon, config.action_dim)
+        for sample, (observation, context) in enumerate(zip(observations, contexts)):
             chunk = ActionChunk(
-                bundle.action_normalizer.unnormalize(actions), context.start_ns or observation.stamp_ns, period_s
+                bundle.action_normalizer.unnormalize(decoded.actions[sample]),
+                context.start_ns or observation.stamp_ns,
+                period_s,
             )
             done = time.perf_counter()
             times = {
@@ -102,9 +103,17 @@ class VlaPolicy:
                 "decode": (done - encoded) * 1e3,
                 "total": (done - started) * 1e3,
             }
-            report = DecodeReport(tuple(tokens), decoded.passes, repaired, confidence, None, times)
+            ids, repaired, confidence = decoded.at(sample)
+            report = DecodeReport(ids, decoded.passes, repaired, confidence, None, times)
             results.append(InferResult(chunk, report))
         return results
+
+    def grammar(self, head: str) -> Grammar:
+        """The grammar of one head's tokens, made once."""
+        if head not in self._grammars:
+            tokenizer, config = self.bundle.action_tokenizers[head], self.bundle.config
+            self._grammars[head] = Grammar(tokenizer, config.horizon, config.action_dim, self.device)
+        return self._grammars[head]
 
     # ---- one observation ----
     def _state(self, observation: Observation) -> np.ndarray:

@@ -24,20 +24,20 @@ def tiny_config(data: Path, out: Path, **changes: object):
     """A training run of seconds: one layer, 32 wide, two small cameras."""
     from vla.models.transformer import ExpertConfig, TransformerConfig
     from vla.models.vision import CameraEncoderConfig
-    from vla.training.trainer import ModelRecipe, TokenizerRecipe, TrainConfig
+    from vla.training.recipes import HeadRecipe, ModelRecipe, TokenizerRecipe, TrainConfig
 
     recipe = ModelRecipe(
         cameras=(
             CameraEncoderConfig("agentview", 32, 4, (8, 16), points=2),
             CameraEncoderConfig("wrist", 32, 4, (8, 16)),
         ),
-        transformer=TransformerConfig((ExpertConfig(32, 64), ExpertConfig(16, 32)), 2, 4, 2, 8),
+        transformer=TransformerConfig((ExpertConfig(32, 64),), 2, 4, 2, 8),
         text_vocab=512,
     )
     settings: dict[str, object] = {
-        "model": recipe, "tokenizer": TokenizerRecipe("fast", 128, 5.0), "steps": 6, "batch_size": 8,
-        "look_steps": 2,
-        "warmup_steps": 2, "precision": "fp32", "device": "cpu", "val_fraction": 0.34, "log_every": 1, "val_every": 3,
+        "model": recipe, "heads": {"fast": HeadRecipe("tokens", TokenizerRecipe("fast", 128, 5.0), 16, 32)},
+        "steps": 6, "batch_size": 8, "look_steps": 2, "warmup_steps": 2,
+        "precision": "fp32", "device": "cpu", "val_fraction": 0.34, "log_every": 1, "val_every": 3,
         "val_batches": 1, "checkpoint_every": 3, "threads": 1,
     }  # fmt: skip
     return TrainConfig(str(data), str(out), **{**settings, **changes})

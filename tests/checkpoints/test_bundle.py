@@ -29,7 +29,7 @@ def test_round_trip(copy, tmp_path) -> None:
     fingerprint = bundles.save(first, tmp_path / "again")
     second = bundles.load(tmp_path / "again")
     assert fingerprint == second.fingerprint and first.config == second.config
-    assert first.action_tokenizer.fingerprint() == second.action_tokenizer.fingerprint()
+    assert first.action_tokenizers["fast"].fingerprint() == second.action_tokenizers["fast"].fingerprint()
     a, b = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -91,8 +91,8 @@ def test_missing_statistics(copy) -> None:
 def test_wrong_tokenizer_for_these_weights(copy) -> None:
     from vla.tokenizers import BinTokenizer
 
-    edit(copy, lambda content: content.update(action_tokenizer=BinTokenizer().to_dict()))
-    with pytest.raises(BundleError, match="action_vocab"):
+    edit(copy, lambda content: content.update(action_tokenizers={"fast": BinTokenizer().to_dict()}))
+    with pytest.raises(BundleError, match=r"heads\.fast"):
         bundles.load(copy)
 
 

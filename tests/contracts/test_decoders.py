@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from tests.models.test_vla import inputs, make
-from vla.decoding.autoregressive import AutoregressiveDecoder, Grammar
+from vla.decoding.autoregressive import AutoregressiveDecoder
+from vla.decoding.base import Grammar, Hint
 from vla.decoding.jacobi import JacobiDecoder
 from vla.errors import ConfigError
+from vla.models.heads import HeadConfig
+from vla.models.suffix import TokenSuffix
 from vla.tokenizers import BinTokenizer, FastTokenizer
 
 EXACT = {f"jacobi-{window}": JacobiDecoder(window) for window in (1, 2, 5, 16, 64)}
@@ -22,11 +25,12 @@ def tokenizer_of(kind: str):
 
 def model_of(tokenizer, seed: int):
     """A random model with opinions: weights large enough that tokens differ and depend on those before."""
-    model = make(horizon=8, action_vocab=tokenizer.vocab_size)
+    model = make(horizon=8, heads=(HeadConfig("words", "tokens", 1, tokenizer.vocab_size),))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight, std in (
-            (model.head.logits.weight, 1.0), (model.head.embedding.weight, 0.3), (model.text.weight, 1.0),
+            (model.heads["words"].logits.weight, 1.0), (model.heads["words"].embedding.weight, 0.3),
+            (model.text.weight, 1.0),
             *((weight, 0.3) for weight in model.transformer.parameters() if weight.ndim == 2),
         ):  # fmt: skip
             weight.normal_(std=std, generator=generator)
@@ -42,8 +46,8 @@ def setting(request):
 
 @torch.inference_mode()
 def decode(decoder, model, grammar, prompts):
-    prefix = model.prefix(model.prefix_segments(*prompts), grammar.values)
-    return decoder.decode(model, prefix, grammar, [0] * len(prompts[-1])), prefix
+    suffix = TokenSuffix(model, model.prefix(model.prefix_segments(*prompts), grammar.values), "words")
+    return decoder.generate(suffix, grammar, [Hint()] * len(prompts[-1])), suffix
 
 
 def prompt(seed: int, batch: int):
@@ -64,12 +68,12 @@ def test_it_equals_greedy_on_200_prompts(name, setting) -> None:
     for seed in range(100):
         model, prompts = models[seed % len(models)], prompt(seed, 2)
         greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompts)
-        fast, prefix = decode(EXACT[name], model, grammar, prompts)
+        fast, suffix = decode(EXACT[name], model, grammar, prompts)
         assert fast.ids == greedy.ids
         assert fast.confidence == pytest.approx(greedy.confidence, abs=1e-4)
         longest = max(map(len, fast.ids))
         assert fast.passes <= longest
-        assert longest <= prefix.cache.length - prefix.length  # a batch ends with its slowest sample
+        assert longest <= suffix.length  # a batch ends with its slowest sample
         different.add(tuple(map(tuple, fast.ids)))
     assert len(different) > 50  # the prompts matter: equality is not that of constants
 
@@ -80,11 +84,11 @@ def test_what_does_not_depend_on_the_tokens_before_takes_no_second_look(name) ->
     tokenizer = tokenizer_of("bins")
     model, grammar = model_of(tokenizer, 0), Grammar(tokenizer, 8, 2)
     with torch.no_grad():
-        model.head.embedding.weight.zero_()
+        model.heads["words"].embedding.weight.zero_()
     decoder, count = EXACT[name], grammar.values
-    decoded, prefix = decode(decoder, model, grammar, prompt(0, 1))
+    decoded, suffix = decode(decoder, model, grammar, prompt(0, 1))
     greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompt(0, 1))
-    assert decoded.ids == greedy.ids and prefix.cache.length == prefix.length + count
+    assert decoded.ids == greedy.ids and suffix.length == count
     assert decoded.passes == count if decoder.window == 1 else decoded.passes <= 1 + -(-count // (decoder.window - 1))
 
 

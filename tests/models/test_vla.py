@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from vla.models.heads import HeadConfig
 from vla.models.masks import MaskRule
+from vla.models.suffix import TokenSuffix
 from vla.models.transformer import ExpertConfig, TransformerConfig
 from vla.models.vision import CameraEncoder, CameraEncoderConfig, SoftPoints
 from vla.models.vla import ModelConfig, TextSummary, Vla
@@ -14,8 +16,8 @@ def make(**changes) -> Vla:
     settings = {
         "cameras": (CameraEncoderConfig("front", 32, 4, (8, 16)), CameraEncoderConfig("wrist", 16, 2, (8, 16))),
         "transformer": TransformerConfig((ExpertConfig(32, 64), ExpertConfig(16, 32)), 2, 4, 2, 8),
-        "state_dim": 3, "action_dim": 2, "horizon": 4, "text_vocab": 20, "text_length": 5, "action_vocab": 11,
-        "text_queries": 3, **changes,
+        "state_dim": 3, "action_dim": 2, "horizon": 4, "text_vocab": 20, "text_length": 5, "text_queries": 3,
+        "heads": (HeadConfig("words", "tokens", 1, 11),), **changes,
     }  # fmt: skip
     return Vla(ModelConfig(**settings)).eval()
 
@@ -29,18 +31,28 @@ def inputs(batch: int = 2):
     return images, torch.randint(0, 20, (batch, 5)), valid, torch.randn(batch, 3)
 
 
+def uncached(model: Vla, args, ids):
+    """Logits of the first head in one pass over the whole sequence."""
+    name = model.config.heads[0].name
+    head = model.heads[name]
+    return head.logits(model.run([*model.prefix_segments(*args), model.suffix_segment(name, head.embed(ids))])[-1])
+
+
+def suffix_of(model: Vla, args, room: int) -> TokenSuffix:
+    return TokenSuffix(model, model.prefix(model.prefix_segments(*args), room), model.config.heads[0].name)
+
+
 @torch.inference_mode()
-def test_cached_suffix_equals_the_training_pass() -> None:
-    model = make()
-    args = inputs()
+@pytest.mark.parametrize("expert", [0, 1])
+def test_cached_suffix_equals_the_training_pass(expert: int) -> None:
+    model, args = make(heads=(HeadConfig("words", "tokens", expert, 11),)), inputs()
     ids = torch.randint(0, 11, (2, 6))
-    segments = model.prefix_segments(*args)
-    whole = model.head.logits(model.run([*segments, model.action_segment(ids, torch.ones_like(ids).bool())])[-1])
-    prefix = model.prefix(model.prefix_segments(*args), 6)
-    steps = [model.suffix_logits(prefix, ids[:, i : i + 1]) for i in range(4)]
-    steps.append(model.suffix_logits(prefix, ids[:, 4:]))
-    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
-    assert prefix.cache.length == prefix.length + 6
+    suffix = suffix_of(model, args, 6)
+    assert suffix.host is None  # two samples
+    steps = [suffix.logits(ids[:, i : i + 1]) for i in range(4)]
+    steps.append(suffix.logits(ids[:, 4:]))
+    assert torch.allclose(torch.cat(steps, 1), uncached(model, args, ids), atol=1e-5)
+    assert suffix.length == suffix.room == 6
 
 
 @torch.no_grad()  # not inference_mode: a model made there keeps no count of its writes
@@ -48,41 +60,31 @@ def test_cached_suffix_equals_the_training_pass() -> None:
 @pytest.mark.parametrize("expert", [0, 1])
 def test_one_sample_on_a_cpu_runs_in_numpy_and_equals_the_training_pass(expert: int, activation: str) -> None:
     experts = ExpertConfig(32, 64), ExpertConfig(16, 32)
-    model = make(suffix_expert=expert, transformer=TransformerConfig(experts, 2, 4, 2, 8, activation=activation))
+    model = make(
+        heads=(HeadConfig("words", "tokens", expert, 11),),
+        transformer=TransformerConfig(experts, 2, 4, 2, 8, activation=activation),
+    )
     for weight in model.parameters():
         weight.copy_(torch.randn_like(weight) * 0.3)
-    args = inputs(1)
-    ids = torch.randint(0, 11, (1, 6))
-
-    def whole():
-        segments = [*model.prefix_segments(*args), model.action_segment(ids, torch.ones_like(ids).bool())]
-        return model.head.logits(model.run(segments)[-1])
-
-    prefix = model.prefix(model.prefix_segments(*args), 6)
-    assert prefix.host is not None
+    args, ids = inputs(1), torch.randint(0, 11, (1, 6))
+    suffix = suffix_of(model, args, 6)
+    assert suffix.host is not None
     for sizes in ([6], [1, 1, 4], [2, 3, 1]):
-        prefix.cache.truncate(prefix.length)
-        pieces = [model.suffix_logits(prefix, part) for part in ids.split(sizes, dim=1)]
-        assert torch.allclose(torch.cat(pieces, dim=1), whole(), atol=1e-5), sizes
-    host, prefix.host = prefix.host, None  # torch goes on in the same cache
-    prefix.cache.truncate(prefix.length + 3)
-    assert torch.allclose(model.suffix_logits(prefix, ids[:, 3:]), whole()[:, 3:], atol=1e-5)
-    model.head.logits.weight.mul_(2)
-    again = model.prefix(model.prefix_segments(*args), 6)
-    assert torch.allclose(model.suffix_logits(again, ids), whole(), atol=1e-5)  # weights that changed are copied again
+        suffix.truncate(0)
+        pieces = [suffix.logits(part) for part in ids.split(sizes, dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), uncached(model, args, ids), atol=1e-5), sizes
+    suffix.truncate(0)
+    both = suffix.logits(ids, both_ways=True)
+    host, suffix.host = suffix.host, None  # torch goes on in the same cache
+    suffix.truncate(0)
+    assert torch.allclose(suffix.logits(ids, both_ways=True), both, atol=1e-5)
+    suffix.truncate(0)
+    suffix.logits(ids[:, :3])
+    assert torch.allclose(suffix.logits(ids[:, 3:]), uncached(model, args, ids)[:, 3:], atol=1e-5)
+    model.heads["words"].logits.weight.mul_(2)
+    again = suffix_of(model, args, 6)
+    assert torch.allclose(again.logits(ids), uncached(model, args, ids), atol=1e-5)  # changed weights are copied again
     assert again.host is not None and again.host.weights is not host.weights
-
-
-@torch.inference_mode()
-def test_suffix_on_the_backbone_works_the_same() -> None:
-    model = make(suffix_expert=0)
-    args = inputs()
-    ids = torch.randint(0, 11, (2, 3))
-    whole = model.head.logits(
-        model.run([*model.prefix_segments(*args), model.action_segment(ids, torch.ones_like(ids).bool())])[-1]
-    )
-    prefix = model.prefix(model.prefix_segments(*args), 3)
-    assert torch.allclose(model.suffix_logits(prefix, ids), whole, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -91,7 +93,8 @@ def test_action_tokens_see_no_later_ones() -> None:
     ids = torch.randint(0, 11, (2, 6))
 
     def logits(tokens):
-        return model.run([*model.prefix_segments(*inputs()), model.action_segment(tokens, torch.ones_like(ids).bool())])
+        segment = model.suffix_segment("words", model.heads["words"].embed(tokens))
+        return model.run([*model.prefix_segments(*inputs()), segment])
 
     changed = ids.clone()
     changed[:, 4] = (changed[:, 4] + 1) % 11
@@ -168,7 +171,90 @@ def test_wrong_images_and_segment_order_are_named() -> None:
     segments = model.prefix_segments(images, *rest)
     ids = torch.zeros(2, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="ordered by expert"):
-        model.run([model.action_segment(ids, torch.ones_like(ids).bool()), *segments])
+        model.run([model.suffix_segment("words", model.heads["words"].embed(ids)), *segments])
     assert [s.rule for s in segments] == [MaskRule.PREFIX] * 4
     with pytest.raises(ValueError, match="grid"):
         CameraEncoderConfig("front", 32, 8, (8, 16))
+
+
+SEVERAL = {
+    "transformer": TransformerConfig(
+        (ExpertConfig(32, 64), ExpertConfig(16, 32), ExpertConfig(24, 32, 8), ExpertConfig(16, 32)), 2, 4, 2, 8
+    ),
+    "heads": (
+        HeadConfig("words", "tokens", 1, 11),
+        HeadConfig("flow", "flow", 2),
+        HeadConfig("once", "parallel", 0),
+        HeadConfig("both", "hybrid", 3, 9, noise_steps=10),
+    ),
+}
+
+
+def several() -> Vla:
+    model = make(**SEVERAL)
+    with torch.no_grad():
+        for weight in model.parameters():  # zero-initialised read-outs would hide mistakes
+            weight.normal_(std=0.2)
+    return model
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_head_behind_the_cache_equals_the_joint_training_pass(batch: int) -> None:
+    model, args = several(), inputs(batch)
+    noisy, time, step = torch.randn(batch, 4, 2), torch.rand(batch), torch.randint(0, 10, (batch,))
+    ids, words = torch.randint(0, 9, (batch, 8)), torch.randint(0, 11, (batch, 5))
+    flow, once, both = model.heads["flow"], model.heads["once"], model.heads["both"]
+    segments = [
+        *model.prefix_segments(*args),
+        model.suffix_segment("once", once.queries[None].expand(batch, -1, -1), rule=MaskRule.BLOCK),
+        model.suffix_segment("words", model.heads["words"].embed(words)),
+        model.suffix_segment("flow", flow.embed(noisy), rule=MaskRule.BLOCK),
+        model.suffix_segment("both", torch.cat((both.embed(noisy, step), both.tokens.embed(ids)), dim=1)),
+    ]
+    whole = model.run(segments, flow.condition(time))
+    prefix = model.prefix(model.prefix_segments(*args), model.config.suffix_room)
+    assert model.config.suffix_room == 4 * 2 + 4 + 3
+    for _ in range(2):  # in turns behind one prefix: each writes over what the last one left
+        assert torch.allclose(model.velocity(prefix, "flow", noisy, time), flow.read(whole[-2]), atol=1e-5)
+        assert torch.allclose(model.parallel_actions(prefix, "once"), once.read(whole[-4]), atol=1e-5)
+        suffix = TokenSuffix(model, prefix, "words")
+        assert torch.allclose(suffix.logits(words), model.heads["words"].logits(whole[-3]), atol=1e-5)
+        suffix.truncate(0)
+        model.noise(prefix, "both", torch.randn_like(noisy), step)
+        assert torch.allclose(model.noise(prefix, "both", noisy, step), both.noise(whole[-1][:, 2:6]), atol=1e-5)
+        prefix.cache.advance(4 + 3)
+        suffix = TokenSuffix(model, prefix, "both")
+        assert suffix.lead == 7 and suffix.length == 0
+        pieces = [suffix.logits(part) for part in ids.split([1, 3, 4], dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), both.tokens.logits(whole[-1][:, 7:]), atol=1e-5)
+        prefix.cache.truncate(prefix.length)
+
+
+@torch.inference_mode()
+def test_labels_do_not_leak_into_the_denoiser() -> None:
+    """The tokens behind the noisy actions may change as they like: the predicted noise stays."""
+    model, args = several(), inputs()
+    both = model.heads["both"]
+    lead = both.embed(torch.randn(2, 4, 2), torch.tensor([3, 4]))
+
+    def run(ids):
+        segment = model.suffix_segment("both", torch.cat((lead, both.tokens.embed(ids)), dim=1))
+        return model.run([*model.prefix_segments(*args), segment])[-1]
+
+    one, other = run(torch.zeros(2, 8, dtype=torch.long)), run(torch.randint(1, 9, (2, 8)))
+    assert torch.equal(both.noise(one[:, 2:6]), both.noise(other[:, 2:6]))
+    assert not torch.allclose(one[:, 8:], other[:, 8:])
+
+
+def test_heads_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match=r"heads\.a\.kind"):
+        HeadConfig("a", "tolkens", 0)
+    with pytest.raises(ValueError, match=r"heads\.a\.vocab"):
+        HeadConfig("a", "flow", 0, 5)
+    with pytest.raises(ValueError, match="its own name"):
+        make(heads=(HeadConfig("a", "parallel", 1), HeadConfig("a", "parallel", 1)))
+    with pytest.raises(ValueError, match="condition_width above 0"):
+        make(heads=(HeadConfig("a", "flow", 1),))
+    with pytest.raises(ValueError, match=r"heads\.a\.expert"):
+        make(heads=(HeadConfig("a", "parallel", 5),))

@@ -31,7 +31,7 @@ def test_chunk_has_due_times_units_and_a_report(policy) -> None:
     chunk, report = result.chunk, result.report
     assert chunk.actions.shape == (16, 7) and chunk.actions.dtype == np.float32
     assert chunk.start_ns == 5_000 and chunk.period_s == 0.05
-    lengths = policy.bundle.action_tokenizer.token_lengths
+    lengths = policy.bundle.action_tokenizers["fast"].token_lengths
     assert sum(int(lengths[i]) for i in report.ids) == 16 * 7 and report.repaired == 0
     assert report.passes == len(report.ids) and 0 < report.confidence <= 1
     # dimensions that never moved in the demonstrations do not move now
@@ -69,16 +69,17 @@ def test_cached_greedy_equals_uncached_greedy(policy) -> None:
     inputs = (torch.from_numpy(ids), torch.from_numpy(valid), torch.from_numpy(policy._state(observation()))[None])
     expected = infer(policy, observation()).report.ids
     emitted: list[int] = []
-    remaining = policy.grammar.values
+    grammar, head = policy.grammar("fast"), model.heads["fast"]
+    remaining = grammar.values
     with torch.inference_mode():
         while remaining:
-            shifted = torch.tensor([[model.head.start_id, *emitted]])
+            shifted = torch.tensor([[head.start_id, *emitted]])
             segments = model.prefix_segments(images, *inputs)
-            segments.append(model.action_segment(shifted, torch.ones_like(shifted, dtype=torch.bool)))
-            logits = model.head.logits(model.run(segments)[-1])[0, -1]
-            token = int(logits.masked_fill(~policy.grammar.valid[remaining], -torch.inf).argmax())
+            segments.append(model.suffix_segment("fast", head.embed(shifted)))
+            logits = head.logits(model.run(segments)[-1])[0, -1]
+            token = int((logits + grammar.bias[remaining]).argmax())
             emitted.append(token)
-            remaining -= int(policy.grammar.lengths[token])
+            remaining -= grammar.lengths[token]
     assert tuple(emitted) == expected
 
 

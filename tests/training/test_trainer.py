@@ -13,6 +13,7 @@ from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
 from vla.training import objectives
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
+from vla.training.recipes import HeadRecipe, TokenizerRecipe
 from vla.training.trainer import Trainer, train
 
 
@@ -94,10 +95,10 @@ def test_every_frame_is_seen_once_per_epoch() -> None:
 def test_padding_carries_no_loss(tiny_dataset, tmp_path) -> None:
     trainer = Trainer(tiny_config(tiny_dataset, tmp_path))
     batch = trainer.data.batch(trainer.data.train_frames[:8])
-    for row in batch.tokens:
+    for row in batch.tokens["fast"]:
         ids = row[row != IGNORE]
         assert (row[len(ids) :] == IGNORE).all()
-        assert int(trainer.tokenizer.token_lengths[ids].sum()) == 16 * 7
+        assert int(trainer.tokenizers["fast"].token_lengths[ids].sum()) == 16 * 7
 
 
 def test_missing_statistics_stop_training(tiny_dataset, tmp_path) -> None:
@@ -115,7 +116,7 @@ def test_missing_statistics_stop_training(tiny_dataset, tmp_path) -> None:
 def test_divergence_is_an_error(tiny_dataset, tmp_path) -> None:
     trainer = Trainer(tiny_config(tiny_dataset, tmp_path, look_steps=0))
     with torch.no_grad():
-        trainer.model.head.logits.bias.fill_(float("nan"))
+        trainer.model.heads["fast"].logits.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
         trainer.step()
 
@@ -138,10 +139,10 @@ def test_a_run_can_start_from_a_bundle(tiny_dataset, tiny_bundle, tmp_path) -> N
     trainer = Trainer(tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle)))
     mine, theirs = trainer.model.state_dict(), start.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert trainer.tokenizer.fingerprint() == start.action_tokenizer.fingerprint()
+    assert trainer.tokenizers["fast"].fingerprint() == start.action_tokenizers["fast"].fingerprint()
     other = tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle))
-    changed = replace(other, model=replace(other.model, keyframe_weight=0.0))
-    with pytest.raises(ConfigError, match="auxiliary"):
+    changed = replace(other, model=replace(other.model, text_length=12))
+    with pytest.raises(ConfigError, match="text_length"):
         Trainer(changed)
 
 
@@ -183,7 +184,7 @@ def test_the_first_steps_train_the_points_alone(tiny_dataset, tmp_path) -> None:
     assert {"look.weight", "cameras.agentview.points.queries.weight", "text.weight"} <= changed
     assert not any(name.startswith(("transformer", "head", "cameras.wrist")) for name in changed)
     trainer.step()
-    assert "tokens" in trainer.step()
+    assert "fast" in trainer.step()
     assert trainer.learning_rate(1) == trainer.config.look_lr
     assert trainer.learning_rate(2) == trainer.config.lr / 2  # the main schedule begins with its own warm-up
 
@@ -227,3 +228,70 @@ def test_a_run_can_stop_early_on_its_schedule_and_go_on(tiny_dataset, tmp_path) 
     assert report.steps == 2
     train(tiny_config(tiny_dataset, parts))
     assert curve(whole) == curve(parts)
+
+
+BINS = TokenizerRecipe("bins")
+ALL_HEADS = {
+    "fast": HeadRecipe("tokens", TokenizerRecipe("fast", 128, 5.0), 16, 32),
+    "bins": HeadRecipe("tokens", BINS, 16, 32, lookahead=2, exit_layer=1),
+    "flow": HeadRecipe("flow", None, 16, 32, condition_width=8),
+    "parallel": HeadRecipe("parallel", None, 0),
+    "hybrid": HeadRecipe("hybrid", BINS, 24, 32, noise_steps=10),
+}
+
+
+def test_heads_train_together_as_if_alone(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    """Branches neither see nor move each other: the loss of a head is the same beside four others."""
+    alone = Trainer(tiny_config(tiny_dataset, tmp_path / "a", init=str(tiny_bundle)))
+    beside = Trainer(tiny_config(tiny_dataset, tmp_path / "b", init=str(tiny_bundle), heads=ALL_HEADS))
+    assert beside.taken == ["fast"]
+    frames = alone.data.val_frames[:8]
+    with torch.no_grad():
+        one, all_of_them = (
+            trainer._losses(trainer.model, trainer._tensors(trainer.data.batch(frames), None))
+            for trainer in (alone, beside)
+        )
+    for name in ("fast", "fast_accuracy", "keyframe", "chunk", "look"):
+        assert float(one[name]) == pytest.approx(float(all_of_them[name]), rel=1e-5), name
+    assert {"bins", "bins_exit", "bins_guess", "flow", "parallel", "hybrid", "hybrid_noise"} <= set(all_of_them)
+    assert float(all_of_them["hybrid_noise"]) == pytest.approx(1.0, abs=0.1)  # zero-initialised: predicts no noise
+
+
+def test_frozen_backbone_stays_and_heads_learn(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    config = tiny_config(
+        tiny_dataset, tmp_path, init=str(tiny_bundle), heads=ALL_HEADS, freeze=True, steps=60, lr=3e-3, image_shift=1
+    )
+    trainer = Trainer(config)
+    assert trainer.look_steps == 0
+    trainer.data.train_frames = trainer.data.train_frames[:8]
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    first = {name: float(value) for name, value in trainer.step().items()}
+    for _ in range(40):
+        last = {name: float(value) for name, value in trainer.step().items()}
+    for name in ("fast", "bins", "bins_exit", "bins_guess", "flow", "parallel", "hybrid"):
+        assert last[name] < 0.95 * first[name], name
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    own = ("heads.", *(f"transformer.layers.{layer}.{e}." for layer in range(2) for e in range(1, 5)))
+    assert all(name.startswith((*own, *(f"transformer.final_norms.{e}" for e in range(1, 5)))) for name in changed)
+    assert {name.split(".")[1] for name in changed if name.startswith("heads.")} == set(ALL_HEADS)
+
+
+def test_guesses_do_not_change_what_greedy_decoding_says(tiny_dataset, tmp_path) -> None:
+    """The same run with and without heads that look ahead ends with the same policy."""
+    plain, ahead = (
+        Trainer(tiny_config(tiny_dataset, tmp_path / str(n), look_steps=0,
+                            heads={"bins": HeadRecipe("tokens", BINS, 16, 32, lookahead=n)}, clip=1e9))
+        for n in (0, 2)
+    )  # fmt: skip
+    ahead.model.load_state_dict(plain.model.state_dict(), strict=False)
+    for trainer in (plain, ahead):
+        trainer.step()
+    mine, theirs = plain.model.state_dict(), ahead.model.state_dict()
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in mine)
+
+
+def test_freezing_needs_something_to_keep(tiny_dataset, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.freeze.*init"):
+        tiny_config(tiny_dataset, tmp_path, freeze=True)
+    with pytest.raises(ConfigError, match=r"train\.heads"):
+        tiny_config(tiny_dataset, tmp_path, heads={})

@@ -28,18 +28,19 @@ from safetensors.torch import load_file, save_file
 from vla.data.normalize import Normalizer
 from vla.embodiment import Embodiment
 from vla.errors import BundleError, VlaError, explain, nearest
+from vla.models.heads import HeadConfig
 from vla.models.transformer import ExpertConfig, TransformerConfig
 from vla.models.vision import CameraEncoderConfig
 from vla.models.vla import ModelConfig, Vla
 from vla.tokenizers import ActionTokenizer, action_tokenizer_from_dict
 from vla.tokenizers.text import TextTokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER = "bundle.json"
 WEIGHTS = "model.safetensors"
 FAMILIES = ("vla",)
 _KEYS = {
-    "family", "format_version", "model", "embodiment", "state_normalizer", "action_normalizer", "action_tokenizer",
+    "family", "format_version", "model", "embodiment", "state_normalizer", "action_normalizer", "action_tokenizers",
     "text_tokenizer", "observation_offsets", "training", "hashes",
 }  # fmt: skip
 
@@ -48,14 +49,15 @@ _KEYS = {
 class Bundle:
     """A model with all that turns observations into its inputs and its outputs into actions.
 
-    observation_offsets: past frames that the policy wants, in steps (0 is now). training: how it was made, plain data.
+    action_tokenizers: by head, for the heads that make tokens. observation_offsets: past frames that the policy wants,
+    in steps (0 is now). training: how it was made, plain data.
     """
 
     model: Vla
     embodiment: Embodiment
     state_normalizer: Normalizer
     action_normalizer: Normalizer
-    action_tokenizer: ActionTokenizer
+    action_tokenizers: Mapping[str, ActionTokenizer]
     text_tokenizer: TextTokenizer
     observation_offsets: tuple[int, ...] = (0,)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -73,13 +75,19 @@ class Bundle:
             ("state_normalizer", self.state_normalizer.dim, self.embodiment.state_dim),
             ("action_dim", config.action_dim, self.embodiment.action_dim),
             ("action_normalizer", self.action_normalizer.dim, self.embodiment.action_dim),
-            ("action_vocab", config.action_vocab, self.action_tokenizer.vocab_size),
+            ("action_tokenizers", sorted(self.action_tokenizers), sorted(h.name for h in config.heads if h.vocab)),
             ("text_vocab", config.text_vocab, self.text_tokenizer.vocab_size),
             ("text_length", config.text_length, self.text_tokenizer.max_length),
         )
         for key, got, expected in pairs:
             if got != expected:
                 raise BundleError(explain(key, expected, got, "The parts of this bundle are from different models."))
+        for head in config.heads:
+            if head.vocab and head.vocab != self.action_tokenizers[head.name].vocab_size:
+                got = f"a tokenizer of {self.action_tokenizers[head.name].vocab_size}"
+                raise BundleError(
+                    explain(f"heads.{head.name}", f"{head.vocab} tokens", got, "It was trained with another tokenizer.")
+                )
         for camera in config.cameras:
             if camera.name not in self.embodiment.camera_names:
                 raise BundleError(
@@ -107,7 +115,7 @@ def save(bundle: Bundle, path: str | Path) -> str:
             "embodiment": bundle.embodiment.to_dict(),
             "state_normalizer": bundle.state_normalizer.to_dict(),
             "action_normalizer": bundle.action_normalizer.to_dict(),
-            "action_tokenizer": bundle.action_tokenizer.to_dict(),
+            "action_tokenizers": {name: item.to_dict() for name, item in bundle.action_tokenizers.items()},
             "text_tokenizer": bundle.text_tokenizer.to_dict(),
             "observation_offsets": list(bundle.observation_offsets),
             "training": _plain(bundle.training),
@@ -176,7 +184,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
             Embodiment.from_dict(content["embodiment"]),
             Normalizer.from_dict(content["state_normalizer"]),
             Normalizer.from_dict(content["action_normalizer"]),
-            action_tokenizer_from_dict(content["action_tokenizer"]),
+            {name: action_tokenizer_from_dict(item) for name, item in content["action_tokenizers"].items()},
             TextTokenizer.from_dict(content["text_tokenizer"]),
             tuple(content["observation_offsets"]),
             content["training"],
@@ -194,6 +202,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
 CONSTRUCTORS: dict[tuple[type, str], type] = {
     (ModelConfig, "cameras"): CameraEncoderConfig,
     (ModelConfig, "transformer"): TransformerConfig,
+    (ModelConfig, "heads"): HeadConfig,
     (TransformerConfig, "experts"): ExpertConfig,
 }
 

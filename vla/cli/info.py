@@ -51,7 +51,11 @@ def describe(path: Path) -> dict[str, Any]:
         "state": " ".join(robot.state_names),
         "cameras": ", ".join(f"{c.name} at {c.size} px" for c in config.cameras),
         "horizon": config.horizon,
-        "action_tokenizer": f"{content['action_tokenizer'].get('kind')}, {config.action_vocab} tokens",
+        "heads": {
+            head.name: head.kind
+            + (f", {content['action_tokenizers'][head.name]['kind']} of {head.vocab}" * bool(head.vocab))
+            for head in config.heads
+        },
         "observation_offsets": list(bundle.observation_offsets),
         "training": dict(bundle.training),
         "card": str(path / "CARD.md") if (path / "CARD.md").is_file() else None,

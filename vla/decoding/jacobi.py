@@ -16,42 +16,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vla.decoding.autoregressive import DecodedTokens, Grammar, confidences
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts
 from vla.errors import ConfigError, explain
-from vla.models.vla import Prefix, Vla
+from vla.models.suffix import TokenSuffix
 
 
-class JacobiDecoder:
-    """Exact greedy decoding in windows, causal mask. window: tokens per pass, at least 1 (which is greedy itself)."""
+class JacobiDecoder(TokenDecoder):
+    """Exact greedy decoding in windows, causal mask. window: tokens per pass, at least 1 (which is greedy itself).
 
-    def __init__(self, window: int = 16):
+    warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
+    """
+
+    def __init__(self, window: int = 16, warm: bool = False, head: str = ""):
+        super().__init__(head)
         if window < 1:
             raise ConfigError(explain("decoder.window", "at least 1", window, "16 suits two CPU cores."))
-        self.window = window
+        self.window, self.warm = window, warm
 
-    @torch.inference_mode()
-    def decode(self, model: Vla, prefix: Prefix, grammar: Grammar, seeds: Sequence[int]) -> DecodedTokens:
-        ids: list[list[int]] = [[] for _ in seeds]
-        remaining = [grammar.values] * len(seeds)
-        last = [model.head.start_id] * len(seeds)
-        # What a draft starts from hardly matters as long as it is a token that the model has seen there.
-        drafts = [[0] * self.window for _ in seeds]
+    def hints(self, given: DecodeInput, head: str) -> list[Hint]:
+        guesses = drafts(given, head) if self.warm else [()] * given.batch
+        return [Hint(seed, draft) for seed, draft in zip(given.seeds, guesses)]
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        batch = len(hints)
+        ids: list[list[int]] = [[] for _ in hints]
+        remaining = [grammar.values] * batch
+        last = [suffix.start_id] * batch
+        # What a cold draft starts from hardly matters as long as it is a token that the model has seen there.
+        guesses = [[*hint.draft, *[0] * self.window] for hint in hints]
         rows: list[Tensor] = []
         passes = 0
         while any(remaining):
-            base = prefix.cache.length
+            base = suffix.length
             # Room for the whole window may be missing only when every sample is about to end.
-            width = min(self.window, prefix.cache.capacity - base)
-            inputs = [[token, *draft[: width - 1]] for token, draft in zip(last, drafts)]
-            left = [grammar.before_each(r, draft[: width - 1]) for r, draft in zip(remaining, drafts)]
-            logits = model.suffix_logits(prefix, torch.tensor(inputs, device=prefix.device))
-            logits = grammar.constrain(logits, left)
+            width = min(self.window, suffix.room - base)
+            inputs = [[token, *guess[: width - 1]] for token, guess in zip(last, guesses)]
+            left = [grammar.before_each(r, guess[: width - 1]) for r, guess in zip(remaining, guesses)]
+            logits = grammar.constrain(suffix.logits(torch.tensor(inputs, device=suffix.device)), left)
             updates = logits.argmax(dim=-1).tolist()
             passes += 1
-            # Position j is settled when all drafts before it were right. A sample of a batch that has ended agrees with
-            # anything; the others wait for the slowest, since the cache has one length.
-            count = min(_settled(update, draft, before) for update, draft, before in zip(updates, drafts, left))
-            prefix.cache.truncate(base + count)
+            # Position j is settled when all guesses before it were right. A sample of a batch that has ended agrees
+            # with anything; the others wait for the slowest, since the cache has one length.
+            count = min(_settled(update, guess, before) for update, guess, before in zip(updates, guesses, left))
+            suffix.truncate(base + count)
             rows.append(logits[:, :count])
             for sample, update in enumerate(updates):
                 for token in update[:count]:
@@ -59,7 +66,8 @@ class JacobiDecoder:
                         ids[sample].append(token)
                         remaining[sample] = max(0, remaining[sample] - grammar.lengths[token])
                 last[sample] = update[count - 1]
-                drafts[sample] = (update[count:] + update[-1:] * self.window)[: self.window]
+                behind = guesses[sample][width:] if hints[sample].draft else []
+                guesses[sample] = update[count:] + behind + update[-1:] * self.window
         return DecodedTokens(ids, passes, confidences(torch.cat(rows, dim=1), ids))
 
 

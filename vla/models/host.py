@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import expit
 from torch import Tensor, nn
 
-from vla.models.heads import AutoregressiveHead
+from vla.models.heads import TokenHead
 from vla.models.kv_cache import KVCache
 from vla.models.transformer import Transformer
 
@@ -43,7 +43,7 @@ class HostWeights:
         weight = layer.qkv.weight
         return layer.attention_norm.modulation is None and weight.device.type == "cpu" and weight.itemsize == 4
 
-    def __init__(self, transformer: Transformer, expert: int, head: AutoregressiveHead):
+    def __init__(self, transformer: Transformer, expert: int, head: TokenHead):
         self.config = transformer.config
         self.layers = [
             _Layer(
@@ -77,16 +77,22 @@ class HostSuffix:
         self._cos, self._sin = (_view(t)[0, 0][:, None] for t in rotary)  # [S, 1, head_dim]
         self._bias = _view(bias)[0]  # [S, P + S]
 
-    def logits(self, ids: list[int], first: int, start: int) -> np.ndarray:
+    def read(self, hidden: np.ndarray) -> np.ndarray:
+        """float32[Q, D] -> logits float32[Q, V]"""
+        logits: np.ndarray = hidden @ self.weights.logits + self.weights.logits_bias
+        return logits
+
+    def hidden(self, ids: list[int], first: int, start: int, both_ways: bool = False) -> np.ndarray:
         """ids: Q tokens, the first of them number `first` of the suffix, written from cache entry `start` on.
 
-        float32[Q, V].
+        Normed hidden states float32[Q, D]. both_ways: the Q tokens see each other in both directions.
         """
         w, c = self.weights, self.weights.config
         count, end, turned = len(ids), start + len(ids), c.heads + c.kv_heads
         half, groups, scale = c.head_dim // 2, c.heads // c.kv_heads, np.float32(c.head_dim**-0.5)
         cos, sin = self._cos[first : first + count], self._sin[first : first + count]
-        bias = self._bias[first : first + count, :end]
+        rows = slice(first + count - 1, first + count) if both_ways else slice(first, first + count)
+        bias = self._bias[rows, :end]
         x = w.embedding[ids]
         for layer, kept_keys, kept_values in zip(w.layers, self._keys, self._values):
             heads = (self._norm(x, layer.attention_norm) @ layer.qkv).reshape(count, -1, c.head_dim)
@@ -108,7 +114,7 @@ class HostSuffix:
             hidden = self._norm(x, layer.mlp_norm) @ layer.gate_up
             width = hidden.shape[1] // 2
             x = x + (self._activate(hidden[:, :width]) * hidden[:, width:]) @ layer.down
-        return self._norm(x, w.final_norm) @ w.logits + w.logits_bias
+        return self._norm(x, w.final_norm)
 
     def _norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         squares = np.einsum("qd,qd->q", x, x)[:, None]

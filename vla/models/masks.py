@@ -24,12 +24,17 @@ class MaskRule(str, Enum):
 
 @dataclass(frozen=True)
 class Span:
-    """One segment as the mask sees it. hidden_from: kinds of later segments that must not attend to it."""
+    """One segment as the mask sees it. hidden_from: kinds of later segments that must not attend to it.
+
+    branch: "" for the trunk that all see; segments of two branches neither see each other nor move each other's
+    positions: each continues the trunk as if the others were not there. That is how several heads train in one pass.
+    """
 
     kind: str
     length: int
     rule: MaskRule
     hidden_from: tuple[str, ...] = ()
+    branch: str = ""
 
 
 def segment_mask(spans: Sequence[Span], valid: Tensor) -> Tensor:
@@ -48,6 +53,8 @@ def segment_mask(spans: Sequence[Span], valid: Tensor) -> Tensor:
         rows = slice(q0, q0 + query.length)
         for k, (key, k0) in enumerate(zip(spans, starts)):
             cols = slice(k0, k0 + key.length)
+            if key.branch not in ("", query.branch):
+                continue
             if q == k:
                 block = torch.ones(query.length, query.length, dtype=torch.bool, device=device)
                 mask[rows, cols] = block.tril() if query.rule is MaskRule.CAUSAL else block
@@ -59,6 +66,17 @@ def segment_mask(spans: Sequence[Span], valid: Tensor) -> Tensor:
     return (mask[None] & valid[:, None, :]) | itself[None]
 
 
-def positions_of(valid: Tensor) -> Tensor:
-    """int64[B, K]: contiguous positions that skip padding, so cached decoding continues exactly where training did."""
-    return (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+def positions_of(valid: Tensor, spans: Sequence[Span] = ()) -> Tensor:
+    """int64[B, K]: contiguous positions that skip padding, so cached decoding continues exactly where training did.
+
+    spans: of the same K tokens, when there are branches; each counts on from the trunk before it.
+    """
+    if all(not span.branch for span in spans):
+        return (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+    reached = {"": torch.zeros_like(valid[:, :1], dtype=torch.long)}
+    pieces = []
+    for span, piece in zip(spans, valid.long().split([span.length for span in spans], dim=1)):
+        places = reached.get(span.branch, reached[""]) + piece.cumsum(dim=1)
+        reached[span.branch] = places[:, -1:]
+        pieces.append(places - 1)
+    return torch.cat(pieces, dim=1).clamp(min=0)

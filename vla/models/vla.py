@@ -1,7 +1,8 @@
-"""The vision-language-action model: a prefix of images, text and state, and an action suffix.
+"""The vision-language-action model: a prefix of images, text and state, and the suffixes of its heads.
 
-The prefix attends to itself in both directions; the suffix is causal and reads the prefix. The suffix runs on its own
-smaller expert, or on the backbone (`suffix_expert`). Everything here sees normalised states and actions only.
+The prefix attends to itself in both directions on the backbone, expert 0. Each head continues it with tokens of its own
+on its own expert (or on the backbone), and heads never see each other. Everything here sees normalised states and
+actions only.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla.models.heads import AutoregressiveHead, RegressionHead
-from vla.models.host import MOST_TOKENS, HostSuffix, HostWeights
+from vla.models.heads import FlowHead, HeadConfig, HybridHead, ParallelHead, RegressionHead, TokenHead
+from vla.models.host import HostWeights
 from vla.models.kv_cache import KVCache
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
 from vla.models.transformer import Transformer, TransformerConfig, additive
@@ -26,10 +27,10 @@ class ModelConfig:
     """Everything that fixes the shapes of the weights. Plain data: a bundle stores it.
 
     cameras: in the order of the prefix. state_dim S, action_dim A, horizon T: of the data. text_vocab, text_length L:
-    of the text tokenizer. action_vocab: of the action tokenizer. suffix_expert: the expert that runs action tokens.
-    auxiliary: {name: size}, read-outs of the state token that only training uses. text_queries: how many learned
-    queries read the instruction for the image encoders (FiLM), 0 for encoders that do not know it. look: size of a
-    linear read-out of the first camera's points token, only for training, 0 for none.
+    of the text tokenizer. heads: at least one, each with a name of its own. auxiliary: {name: size}, read-outs of the
+    state token that only training uses. text_queries: how many learned queries read the instruction for the image
+    encoders (FiLM), 0 for encoders that do not know it. look: size of a linear read-out of the first camera's points
+    token, only for training, 0 for none.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -39,8 +40,7 @@ class ModelConfig:
     horizon: int
     text_vocab: int
     text_length: int
-    action_vocab: int
-    suffix_expert: int = 1
+    heads: tuple[HeadConfig, ...]
     auxiliary: Mapping[str, int] = field(default_factory=dict)
     text_queries: int = 0
     look: int = 0
@@ -48,13 +48,35 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.look and not self.cameras[0].points:
             raise ValueError(f"look: expected a first camera with points, got {self.cameras[0].name} without. Set 0.")
+        names = [head.name for head in self.heads]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"heads: expected at least one, each with its own name, got {names}")
+        experts = self.transformer.experts
+        for head in self.heads:
+            if not 0 <= head.expert < len(experts):
+                raise ValueError(f"heads.{head.name}.expert: expected 0..{len(experts) - 1}, got {head.expert}")
+            if (head.kind == "flow") != (experts[head.expert].condition_width > 0):
+                raise ValueError(
+                    f"heads.{head.name}: expected an expert with condition_width {'above ' * (head.kind == 'flow')}0, "
+                    f"got {experts[head.expert].condition_width}"
+                )
+
+    def head(self, name: str) -> HeadConfig:
+        return next(head for head in self.heads if head.name == name)
+
+    @property
+    def suffix_room(self) -> int:
+        """Cache entries behind the prefix that the longest head may need: a token stands for at least one value."""
+        values, block = self.horizon * self.action_dim, self.horizon + 3
+        room = {"tokens": values, "flow": self.horizon, "parallel": self.horizon, "hybrid": values + block}
+        return max(room[head.kind] for head in self.heads)
 
 
 @dataclass
 class Segment:
     """A run of tokens of one kind: the unit from which training sequences and masks are built.
 
-    embeddings: [B, n, D of its expert]. valid: bool[B, n], False for padding. hidden_from: kinds that must not see it.
+    embeddings: [B, n, D of its expert]. valid: bool[B, n], False for padding. hidden_from, branch: see Span.
     """
 
     kind: str
@@ -63,10 +85,11 @@ class Segment:
     valid: Tensor
     rule: MaskRule
     hidden_from: tuple[str, ...] = ()
+    branch: str = ""
 
     @property
     def span(self) -> Span:
-        return Span(self.kind, self.embeddings.shape[1], self.rule, self.hidden_from)
+        return Span(self.kind, self.embeddings.shape[1], self.rule, self.hidden_from, self.branch)
 
 
 @dataclass
@@ -74,15 +97,13 @@ class Prefix:
     """A prefix that ran: its cache, and what each suffix token needs to continue, made once for all passes.
 
     length: P, entries of the prefix in the cache. rotary: cos and sin [B, 1, S, head_dim] for the S suffix tokens that
-    there is room for. bias: [B, S, P + S], what a causal suffix token may see (`transformer.additive`). host: runs the
-    suffix passes where it can, None where it cannot.
+    there is room for. bias: [B, S, P + S], what a causal suffix token may see (`transformer.additive`).
     """
 
     cache: KVCache
     length: int
     rotary: tuple[Tensor, Tensor]
     bias: Tensor
-    host: HostSuffix | None = None
 
     @property
     def batch(self) -> int:
@@ -115,21 +136,28 @@ class Vla(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        experts = config.transformer.experts
-        if not 0 <= config.suffix_expert < len(experts):
-            raise ValueError(f"suffix_expert: expected 0..{len(experts) - 1}, got {config.suffix_expert}")
-        width = experts[0].width
+        width = config.transformer.experts[0].width
         text_width = width if config.text_queries else 0
         self.cameras = nn.ModuleDict({c.name: CameraEncoder(c, width, text_width) for c in config.cameras})
         self.summary = TextSummary(config.text_queries, config.text_length, width) if config.text_queries else None
         self.text = nn.Embedding(config.text_vocab, width)
         self.state = nn.Sequential(nn.Linear(config.state_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.transformer = Transformer(config.transformer)
-        self.head = AutoregressiveHead(experts[config.suffix_expert].width, config.action_vocab)
+        self.heads = nn.ModuleDict({head.name: self._make_head(head) for head in config.heads})
         self.auxiliary = nn.ModuleDict({name: RegressionHead(width, size) for name, size in config.auxiliary.items()})
         self.look = nn.Linear(width, config.look) if config.look else None
-        self._host: HostWeights | None = None
+        self._host: dict[str, HostWeights] = {}
         nn.init.normal_(self.text.weight, std=0.02)
+
+    def _make_head(self, head: HeadConfig) -> nn.Module:
+        config, expert = self.config, self.config.transformer.experts[head.expert]
+        if head.kind == "tokens":
+            return TokenHead(expert.width, head.vocab, head.lookahead)
+        if head.kind == "flow":
+            return FlowHead(expert.width, expert.condition_width, config.action_dim)
+        if head.kind == "parallel":
+            return ParallelHead(expert.width, config.horizon, config.action_dim)
+        return HybridHead(expert.width, config.action_dim, head.vocab, head.noise_steps)
 
     # ---- segments ----
     def prefix_segments(
@@ -156,33 +184,51 @@ class Vla(nn.Module):
         name = self.config.cameras[0].name
         return self.look(self.cameras[name](images[name], self.summary(self.text(text), text_valid))[:, -1])
 
-    def action_segment(self, ids: Tensor, valid: Tensor) -> Segment:
-        """Causal action tokens; ids int64[B, K] are inputs (already shifted), valid bool[B, K]."""
-        return Segment("action", self.config.suffix_expert, self.head.embed(ids), valid, MaskRule.CAUSAL)
+    def suffix_segment(
+        self, head: str, embeddings: Tensor, valid: Tensor | None = None, rule: MaskRule = MaskRule.CAUSAL
+    ) -> Segment:
+        """Tokens of one head, [B, n, D of its expert], as its own branch of a training sequence."""
+        valid = _all_valid(embeddings) if valid is None else valid
+        return Segment(head, self.config.head(head).expert, embeddings, valid, rule, branch=head)
 
-    def run(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """One uncached pass over all segments; returns each segment's normed hidden states, in order."""
+    def run(self, segments: Sequence[Segment], condition: Tensor | None = None) -> list[Tensor]:
+        """One uncached pass over all segments; returns each segment's normed hidden states, in order.
+
+        condition: [B, C] for the experts with adaptive norms.
+        """
+        return self.run_with_exits(segments, (), condition)[-1]
+
+    def run_with_exits(
+        self, segments: Sequence[Segment], exits: Sequence[int], condition: Tensor | None = None
+    ) -> list[list[Tensor]]:
+        """As `run`, read after each number of layers in `exits` too, ascending; the whole depth comes last."""
         order = [segment.expert for segment in segments]
         if order != sorted(order):
             raise ValueError(f"segments: expected ordered by expert, got experts {order}")
         valid = torch.cat([segment.valid for segment in segments], dim=1)
-        mask = segment_mask([segment.span for segment in segments], valid)
+        spans = [segment.span for segment in segments]
+        mask = segment_mask(spans, valid)
         count = len(self.config.transformer.experts)
         streams = [
             torch.cat(parts, dim=1) if (parts := [s.embeddings for s in segments if s.expert == e]) else None
             for e in range(count)
         ]
-        hidden = self.transformer(streams, positions_of(valid), mask)
-        finished = [None if x is None else self.transformer.finish(e, x) for e, x in enumerate(hidden)]
-        offsets = [0] * count
-        out = []
-        for segment in segments:
-            start, length = offsets[segment.expert], segment.embeddings.shape[1]
-            stream = finished[segment.expert]
-            assert stream is not None
-            out.append(stream[:, start : start + length])
-            offsets[segment.expert] += length
-        return out
+        positions, depth = positions_of(valid, spans), self.config.transformer.depth
+        read, done = [], 0
+        for until in (*exits, depth):
+            streams = self.transformer(streams, positions, mask, layers=range(done, until), condition=condition)
+            done = until
+            finished = [None if x is None else self.transformer.finish(e, x, condition) for e, x in enumerate(streams)]
+            offsets = [0] * count
+            out = []
+            for segment in segments:
+                start, length = offsets[segment.expert], segment.embeddings.shape[1]
+                stream = finished[segment.expert]
+                assert stream is not None
+                out.append(stream[:, start : start + length])
+                offsets[segment.expert] += length
+            read.append(out)
+        return read
 
     # ---- cached inference ----
     def prefix(self, segments: Sequence[Segment], suffix_tokens: int) -> Prefix:
@@ -191,10 +237,10 @@ class Vla(nn.Module):
         mask = segment_mask([segment.span for segment in segments], valid)
         batch, length = valid.shape
         cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
-        streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
-        streams[0] = torch.cat([segment.embeddings for segment in segments], dim=1)
-        expert = self.config.suffix_expert
-        self.transformer(streams, positions_of(valid), mask, cache, 0, fill_only=True)
+        self.transformer(
+            self._streams(0, torch.cat([segment.embeddings for segment in segments], dim=1)),
+            positions_of(valid), mask, cache, 0, fill_only=True,
+        )  # fmt: skip
         cache.advance(length)
         steps = torch.arange(suffix_tokens, device=valid.device)
         seen = torch.cat(
@@ -205,35 +251,67 @@ class Vla(nn.Module):
             dim=2,
         )
         rotary = self.transformer.rotary(valid.sum(dim=1)[:, None] + steps)
-        bias = additive(seen, cache.keys.dtype)
-        host = None
-        if batch == 1 and not torch.is_grad_enabled() and HostWeights.serves(self.transformer, expert):
-            if self._host is None or not self._host.current:
-                self._host = HostWeights(self.transformer, expert, self.head)
-            host = HostSuffix(self._host, cache, rotary, bias)
-        return Prefix(cache, length, rotary, bias, host)
+        return Prefix(cache, length, rotary, additive(seen, cache.keys.dtype))
 
-    def suffix_logits(self, prefix: Prefix, ids: Tensor) -> Tensor:
-        """Logits after each of Q new input tokens, written behind what the cache holds. int64[B, Q] -> [B, Q, V].
+    def extend(
+        self, prefix: Prefix, expert: int, x: Tensor, at: int, both_ways: bool = False,
+        condition: Tensor | None = None, layers: range | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run x [B, Q, D] as the suffix tokens from number `at` on, into the cache; its lengths stay as they are.
 
-        Causal among the new tokens. The cache advances by Q; roll back with `prefix.cache.truncate`.
+        They see the prefix, the suffix tokens before `at`, and each other left to right, or in both directions.
+        Returns their hidden states [B, Q, D] after `layers` (default: all), without the final norm.
         """
-        cache, expert = prefix.cache, self.config.suffix_expert
-        count, end = ids.shape[1], cache.length + ids.shape[1]
-        first, last = cache.length - prefix.length, end - prefix.length
-        if prefix.host is not None and count <= MOST_TOKENS:
-            logits = prefix.host.logits(ids[0].tolist(), first, cache.length)
-            cache.advance(count)
-            return torch.from_numpy(logits)[None]
+        end = at + x.shape[1]
         cos, sin = prefix.rotary
-        streams: list[Tensor | None] = [None] * len(self.config.transformer.experts)
-        streams[expert] = self.head.embed(ids).to(cache.keys.dtype)
-        rotary = cos[:, :, first:last], sin[:, :, first:last]
-        bias = prefix.bias[:, first:last, :end]
-        hidden = self.transformer.run(streams, rotary, bias, cache, cache.length)[expert]
-        assert hidden is not None
-        cache.advance(count)
-        return self.head.logits(self.transformer.finish(expert, hidden))
+        bias = prefix.bias[:, at:end, : prefix.length + end]
+        if both_ways:
+            bias = prefix.bias[:, end - 1 : end, : prefix.length + end].expand(-1, end - at, -1)
+        out = self.transformer.run(
+            self._streams(expert, x.to(prefix.cache.keys.dtype)), (cos[:, :, at:end], sin[:, :, at:end]), bias,
+            prefix.cache, prefix.length + at, layers, condition,
+        )[expert]  # fmt: skip
+        assert out is not None
+        return out
+
+    def velocity(self, prefix: Prefix, head: str, noisy: Tensor, time: Tensor) -> Tensor:
+        """Velocity of a flow head behind a cached prefix. noisy [B, T, A], time [B] -> [B, T, A]."""
+        flow: FlowHead = self.heads[head]
+        expert, condition = self.config.head(head).expert, flow.condition(time)
+        hidden = self.extend(prefix, expert, flow.embed(noisy), 0, both_ways=True, condition=condition)
+        return flow.read(self.transformer.finish(expert, hidden, condition))
+
+    def parallel_actions(self, prefix: Prefix, head: str) -> Tensor:
+        """All actions of a parallel head in one pass behind a cached prefix: [B, T, A]."""
+        parallel: ParallelHead = self.heads[head]
+        expert = self.config.head(head).expert
+        queries = parallel.queries[None].expand(prefix.batch, -1, -1)
+        return parallel.read(self.transformer.finish(expert, self.extend(prefix, expert, queries, 0, both_ways=True)))
+
+    def noise(self, prefix: Prefix, head: str, noisy: Tensor, step: Tensor) -> Tensor:
+        """Predicted noise of a hybrid head. noisy [B, T, A], step int64[B] -> [B, T, A].
+
+        The T + 3 entries stay in the cache as the suffix's first; a second call writes over them.
+        """
+        hybrid: HybridHead = self.heads[head]
+        expert = self.config.head(head).expert
+        hidden = self.transformer.finish(expert, self.extend(prefix, expert, hybrid.embed(noisy, step), 0))
+        return hybrid.noise(hidden[:, 2:-1])
+
+    def host_weights(self, head: str) -> HostWeights | None:
+        """Copies for passes in numpy, made anew when weights changed; None where torch has to run them."""
+        expert = self.config.head(head).expert
+        if torch.is_grad_enabled() or not HostWeights.serves(self.transformer, expert):
+            return None
+        module = self.heads[head]
+        kept = self._host.get(head)
+        if kept is None or not kept.current:
+            tokens = module.tokens if isinstance(module, HybridHead) else module
+            self._host[head] = kept = HostWeights(self.transformer, expert, tokens)
+        return kept
+
+    def _streams(self, expert: int, x: Tensor) -> list[Tensor | None]:
+        return [x if index == expert else None for index in range(len(self.config.transformer.experts))]
 
 
 def _all_valid(tokens: Tensor) -> Tensor:

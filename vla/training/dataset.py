@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,8 @@ LOOKS = 2  # gripper changes of an episode that Batch.look holds: where to grasp
 class Batch:
     """One training batch, numpy, normalised.
 
-    images: {camera: uint8[B, H, W, 3]}. text, text_valid: [B, L]. state: float32[B, S]. tokens: int64[B, K], IGNORE
-    behind the end. chunk: float32[B, T, A]. keyframe: float32[B, S], the state at the next gripper change.
+    images: {camera: uint8[B, H, W, 3]}. text, text_valid: [B, L]. state: float32[B, S]. tokens: {head: int64[B, K]},
+    IGNORE behind the end. chunk: float32[B, T, A]. keyframe: float32[B, S], the state at the next gripper change.
     look: float32[B, LOOKS, S], the states at the episode's first gripper changes, standardised; NaN for those that are
     over, for values that hardly differ from episode to episode, and for all but the tool's position where the state has
     one. It is where the words alone send the arm.
@@ -37,7 +37,7 @@ class Batch:
     text: np.ndarray
     text_valid: np.ndarray
     state: np.ndarray
-    tokens: np.ndarray
+    tokens: dict[str, np.ndarray]
     chunk: np.ndarray
     keyframe: np.ndarray
     look: np.ndarray
@@ -110,36 +110,36 @@ class TrainingData:
 
     def prepare(
         self,
-        tokenizer: ActionTokenizer,
+        tokenizers: Mapping[str, ActionTokenizer],
         text_tokenizer: TextTokenizer,
         image_sizes: dict[str, tuple[int, int]],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Tokenize every chunk once and open the frame store."""
-        frames = np.arange(len(self.dataset))
-        lists: list[list[int]] = []
-        for start in range(0, len(frames), 4096):
-            lists += [tokenizer.encode(chunk) for chunk in self.chunks(frames[start : start + 4096])]
-        self.longest = max(map(len, lists))
-        self.mean_tokens = float(np.mean([len(ids) for ids in lists]))
-        self._tokens = np.full(
-            (len(lists), self.longest), IGNORE, np.int16 if tokenizer.vocab_size < 2**15 else np.int32
-        )
-        for row, ids in zip(self._tokens, lists):
-            row[: len(ids)] = ids
+        """Tokenize every chunk once, for every head that makes tokens, and open the frame store."""
+        self._tokens, self.token_counts = {}, {}
+        for head, tokenizer in tokenizers.items():
+            lists: list[list[int]] = []
+            for start in range(0, len(self._rows), 4096):
+                lists += [tokenizer.encode(chunk) for chunk in self.chunks(self._rows[start : start + 4096])]
+            counts = [len(ids) for ids in lists]
+            table = np.full((len(lists), max(counts)), IGNORE, np.int16 if tokenizer.vocab_size < 2**15 else np.int32)
+            for row, ids in zip(table, lists):
+                row[: len(ids)] = ids
+            self._tokens[head], self.token_counts[head] = table, (float(np.mean(counts)), max(counts))
         self._text, self._text_valid = text_tokenizer.encode_padded(list(self.dataset.tasks))
         self.images = FrameStore(self.dataset, image_sizes, on_progress=on_progress, rows=self._rows)
 
     def batch(self, frames: np.ndarray) -> Batch:
         """frames: int[B]."""
         order = np.asarray(frames)
+        used = np.searchsorted(self._rows, order)
         task = self.task_of[order]
         return Batch(
             {camera: self.images.take(camera, order) for camera in self.images},
             self._text[task],
             self._text_valid[task],
             self.states[order],
-            self._tokens[order].astype(np.int64),
+            {head: table[used].astype(np.int64) for head, table in self._tokens.items()},
             self.chunks(order),
             self.states[self._keyframe_rows[order]],
             self._looks(order),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,26 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
     counted = ~target.isnan()
     error = (prediction.float() - target.nan_to_num()).abs()  # a NaN behind `where` would still poison the gradient
     return torch.where(counted, error, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, same shapes."""
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def signal_shares(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """float32[steps]: how much of the signal's variance is left after each diffusion step, the cosine schedule
+    (Nichol and Dhariwal 2021; "squaredcos_cap_v2" in diffusers)."""
+    edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0).float().to(device)
+
+
+def noised(actions: Tensor, noise: Tensor, step: Tensor, steps: int) -> Tensor:
+    """Actions after `step` steps of diffusion. actions, noise: [B, T, A], step: int64[B]."""
+    share = signal_shares(steps, actions.device)[step][:, None, None]
+    return share.sqrt() * actions + (1 - share).sqrt() * noise
 
 
 def finite(loss: Tensor, step: int) -> Tensor:

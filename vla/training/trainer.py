@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,124 +25,19 @@ from vla.checkpoints.bundle import Bundle
 from vla.data.lerobot import LeRobotDataset
 from vla.errors import ConfigError, DataError, explain
 from vla.files import exclusive, replacing
-from vla.models.transformer import TransformerConfig
-from vla.models.vision import CameraEncoderConfig
+from vla.models.heads import HeadConfig
+from vla.models.transformer import ExpertConfig
 from vla.models.vla import ModelConfig, Vla
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
 from vla.tokenizers.text import TextTokenizer
 from vla.training import objectives
-from vla.training.dataset import IGNORE, LOOKS, Batch, TrainingData, sample_frames
+from vla.training.branches import branch, draw
+from vla.training.dataset import LOOKS, Batch, TrainingData, sample_frames
+from vla.training.recipes import TokenizerRecipe, TrainConfig, TrainReport
+from vla.training.start import freeze_backbone, take_weights
 
 Rollout = Callable[[Bundle, int], dict[str, float]]
 Log = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """The part of ModelConfig that a person chooses; the rest follows from the data.
-
-    horizon: T. text_length: L, longest instruction in tokens. auxiliary weights: keyframe (state at the next gripper
-    change) and chunk (the whole normalised chunk), read off the state token, and look (the states at the episode's
-    first gripper changes), read off the points of the first camera if it has any; they teach the backbone where to look
-    and are not used when acting. text_queries: see ModelConfig.
-    """
-
-    cameras: tuple[CameraEncoderConfig, ...]
-    transformer: TransformerConfig
-    horizon: int = 16
-    text_length: int = 24
-    text_vocab: int = 384
-    suffix_expert: int = 1
-    keyframe_weight: float = 0.5
-    chunk_weight: float = 0.5
-    look_weight: float = 2.0
-    text_queries: int = 6
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """kind: "fast", fitted on the training chunks, "bins", or "fast_file" (a FAST folder at `path`)."""
-
-    kind: str = "fast"
-    vocab_size: int = 512
-    scale: float = 10.0
-    path: str = ""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Arguments of `train`.
-
-    data: folder of a LeRobotDataset. out: folder of the run (checkpoint, bundle, logs). steps, batch_size: of the
-    optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the averaged weights, 0 for none.
-    precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate. settle,
-    early_steps, early_repeat, late_stride: see TrainingData.
-    rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
-    for runs of more than half an hour). image_shift: random shift of training images in pixels. init: a bundle folder
-    whose weights, tokenizers and normalisation this run starts from, "" for none. stop_step: end the run there, on the
-    schedule of `steps`; 0 for never. look_steps: of a model with points, the first steps, which train only those, on
-    the first frames of episodes: four times as fast, and from then on words point at objects. look_lr: learning rate of
-    these steps.
-    """
-
-    data: str
-    out: str
-    model: ModelRecipe
-    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    steps: int = 10000
-    batch_size: int = 64
-    lr: float = 1e-3
-    final_lr_share: float = 0.02
-    warmup_steps: int = 200
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    ema: float = 0.999
-    precision: str = "bf16"
-    device: str = "auto"
-    seed: int = 0
-    val_fraction: float = 0.03
-    settle: int = 8
-    early_steps: int = 0
-    early_repeat: int = 1
-    late_stride: int = 1
-    init: str = ""
-    stop_step: int = 0
-    look_steps: int = 1000
-    look_lr: float = 2.0e-3
-    image_shift: int = 0
-    log_every: int = 20
-    val_every: int = 500
-    val_batches: int = 8
-    checkpoint_every: int = 500
-    rollout_every: int = 0
-    compile: bool = False
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(explain("train.precision", "fp32 or bf16", self.precision, "Choose one of them."))
-        for key in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(explain(f"train.{key}", "at least 1", getattr(self, key), "Give a positive number."))
-
-    def identity(self) -> dict[str, Any]:
-        """What fixes the loss curve; a resume must agree on it."""
-        data = asdict(self)
-        for key in ("out", "device", "threads", "log_every", "val_every", "val_batches", "checkpoint_every",
-                    "rollout_every", "compile", "stop_step"):  # fmt: skip
-            del data[key]
-        data["data"] = Path(self.data).name
-        return json.loads(json.dumps(data))
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    steps: int
-    loss: float
-    val_loss: float
-    samples_per_s: float
-    bundle: str
 
 
 class Trainer:
@@ -166,26 +61,34 @@ class Trainer:
         start = self._start_bundle()
         if start is not None:
             self.data.use_normalizers(start.state_normalizer, start.action_normalizer)
-            self.text_tokenizer, self.tokenizer = start.text_tokenizer, start.action_tokenizer
+            self.text_tokenizer = start.text_tokenizer
         else:
             self.text_tokenizer = TextTokenizer.fit(dataset.tasks, recipe.text_vocab, recipe.text_length)
-            self.tokenizer = self._make_tokenizer()
+        known = {} if start is None else start.action_tokenizers
+        self.tokenizers: dict[str, ActionTokenizer] = {
+            name: known[name] if name in known else self._make_tokenizer(name, head.tokenizer)
+            for name, head in config.heads.items()
+            if head.tokenizer is not None
+        }
         sizes = {camera.name: (camera.size, camera.size) for camera in recipe.cameras}
         self.data.prepare(
-            self.tokenizer, self.text_tokenizer, sizes,
+            self.tokenizers, self.text_tokenizer, sizes,
             lambda done, total: self._log({"event": "frames", "done": done, "total": total}),
         )  # fmt: skip
         torch.manual_seed(config.seed)
         self.model = Vla(self._model_config()).to(self.device)
         if start is not None:
-            self._take_weights(start)
+            self.taken = take_weights(self.model, start.model)
+        if config.freeze:
+            freeze_backbone(self.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        decayed, rest = [p for p in self.trained if p.ndim > 1], [p for p in self.trained if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
-        self.look_steps = config.look_steps if self.model.look is not None and len(self.data.first_frames) else 0
+        looks = self.model.look is not None and len(self.data.first_frames) > 0 and not config.freeze
+        self.look_steps = config.look_steps if looks else 0
         if self.look_steps >= config.steps:
             raise ConfigError(
                 explain("train.look_steps", f"fewer than steps={config.steps}", self.look_steps,
@@ -207,23 +110,15 @@ class Trainer:
         )
         return start
 
-    def _take_weights(self, start: Bundle) -> None:
-        mine = self.model.config
-        if start.config != mine:
-            differing = [name for name in vars(mine) if getattr(mine, name) != getattr(start.config, name)]
-            raise ConfigError(
-                explain("init", f"a bundle of the same {', '.join(differing)}", "another", "Choose its model.")
-            )
-        self.model.load_state_dict(start.model.state_dict())
-
-    def _make_tokenizer(self) -> ActionTokenizer:
-        recipe = self.config.tokenizer
+    def _make_tokenizer(self, head: str, recipe: TokenizerRecipe) -> ActionTokenizer:
         if recipe.kind == "bins":
             return BinTokenizer()
         if recipe.kind == "fast_file":
             return FastTokenizer.load(recipe.path)
         if recipe.kind != "fast":
-            raise ConfigError(explain("tokenizer.kind", "fast, bins or fast_file", recipe.kind, "Choose one of them."))
+            raise ConfigError(
+                explain(f"heads.{head}.tokenizer.kind", "fast, bins or fast_file", recipe.kind, "Choose one of them.")
+            )
         frames = self.data.train_frames
         sample = frames[:: max(1, len(frames) // 100_000)]  # enough to learn merges from, and it bounds the memory
         return FastTokenizer.fit(self.data.chunks(sample), recipe.vocab_size, recipe.scale)
@@ -235,10 +130,19 @@ class Trainer:
             auxiliary["keyframe"] = embodiment.state_dim
         if recipe.chunk_weight:
             auxiliary["chunk"] = recipe.horizon * embodiment.action_dim
+        experts, heads = list(recipe.transformer.experts[:1]), []
+        for name, head in self.config.heads.items():
+            if head.width:
+                experts.append(ExpertConfig(head.width, head.mlp_width, head.condition_width))
+            vocab = self.tokenizers[name].vocab_size if name in self.tokenizers else 0
+            heads.append(
+                HeadConfig(name, head.kind, len(experts) - 1 if head.width else 0, vocab, head.lookahead,
+                           head.exit_layer, head.noise_steps)
+            )  # fmt: skip
         return ModelConfig(
-            recipe.cameras, recipe.transformer, embodiment.state_dim, embodiment.action_dim, recipe.horizon,
-            self.text_tokenizer.vocab_size, recipe.text_length, self.tokenizer.vocab_size, recipe.suffix_expert,
-            auxiliary, recipe.text_queries,
+            recipe.cameras, replace(recipe.transformer, experts=tuple(experts)), embodiment.state_dim,
+            embodiment.action_dim, recipe.horizon,
+            self.text_tokenizer.vocab_size, recipe.text_length, tuple(heads), auxiliary, recipe.text_queries,
             LOOKS * embodiment.state_dim if recipe.look_weight and recipe.cameras[0].points else 0,
         )  # fmt: skip
 
@@ -252,7 +156,7 @@ class Trainer:
             "torch": torch.__version__,
         }
         return Bundle(
-            model, self.data.embodiment, self.data.state_normalizer, self.data.action_normalizer, self.tokenizer,
+            model, self.data.embodiment, self.data.state_normalizer, self.data.action_normalizer, self.tokenizers,
             self.text_tokenizer, (0,), training,
         )  # fmt: skip
 
@@ -274,9 +178,9 @@ class Trainer:
         pool = self.data.first_frames if looking else self.data.train_frames
         batch = self.data.batch(sample_frames(config.seed, self.step_number, pool, config.batch_size))
         self.model.train()
-        losses = (self._look_loss if looking else self._loss)(self.model, *self._tensors(batch, self.step_number))
+        losses = (self._look_loss if looking else self._loss)(self.model, self._tensors(batch, self.step_number))
         objectives.finite(losses["loss"], self.step_number).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step_number)
         self.optimizer.step()
@@ -289,12 +193,19 @@ class Trainer:
                 torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
         return {**{name: value.detach() for name, value in losses.items()}, "gradient_norm": norm.detach()}
 
-    def _tensors(self, batch: Batch, step: int | None) -> tuple[Any, ...]:
-        images = {name: torch.from_numpy(value).to(self.device) for name, value in batch.images.items()}
+    def _tensors(self, batch: Batch, step: int | None, validation: int = 0) -> dict[str, Any]:
+        """The batch and the random numbers of this step (None: of this validation batch) on the device."""
+        seed = [self.config.seed, step, 2] if step is not None else [1234, validation]
+        plain = {**vars(batch), **draw(seed, *batch.chunk.shape)}
+        given = {
+            name: {key: torch.from_numpy(item).to(self.device) for key, item in value.items()}
+            if isinstance(value, dict)
+            else torch.from_numpy(value).to(self.device)
+            for name, value in plain.items()
+        }
         if step is not None and self.config.image_shift:
-            images = {name: self._shifted(value, step) for name, value in images.items()}
-        rest = (batch.text, batch.text_valid, batch.state, batch.tokens, batch.chunk, batch.keyframe, batch.look)
-        return images, *(torch.from_numpy(value).to(self.device) for value in rest)
+            given["images"] = {name: self._shifted(value, step) for name, value in given["images"].items()}
+        return given
 
     def _shifted(self, images: Tensor, step: int) -> Tensor:
         """Random shift by whole pixels, edges repeated (Kostrikov et al. 2020, DrQ); one shift per batch and step."""
@@ -304,38 +215,40 @@ class Trainer:
         cols = (torch.arange(images.shape[2], device=self.device) + int(dx)).clamp(0, images.shape[2] - 1)
         return images[:, rows][:, :, cols]
 
-    def _losses(
-        self, model: Vla, images: dict[str, Tensor], text: Tensor, text_valid: Tensor, state: Tensor, tokens: Tensor,
-        chunk: Tensor, keyframe: Tensor, look: Tensor,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def _losses(self, model: Vla, given: dict[str, Any]) -> dict[str, Tensor]:
         recipe = self.config.model
+        heads = sorted(model.config.heads, key=lambda head: head.expert)
+        exits = sorted({head.exit_layer for head in heads if head.exit_layer})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            segments = model.prefix_segments(images, text, text_valid, state)
-            segments.append(model.action_segment(model.head.shift(tokens), tokens != IGNORE))
-            hidden = model.run(segments)
-            logits = model.head.logits(hidden[-1])
-            read = {name: head(hidden[-2][:, 0]) for name, head in model.auxiliary.items()}
+            trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
+            branches = [branch(model, head, given) for head in heads]
+            flows = [head.name for head in heads if head.kind == "flow"]
+            condition = model.heads[flows[0]].condition(given["time"]) if flows else None
+            depths = model.run_with_exits([*trunk, *(segment for segment, _ in branches)], exits, condition)
+            read = {name: head(depths[-1][len(trunk) - 1][:, 0]) for name, head in model.auxiliary.items()}
             if model.look is not None:
-                read["look"] = model.look(segments[0].embeddings[:, -1])  # as look_ahead does
-        out = {"tokens": objectives.action_cross_entropy(logits, tokens)}
-        total = out["tokens"]
+                read["look"] = model.look(trunk[0].embeddings[:, -1])  # as look_ahead does
+            out: dict[str, Tensor] = {}
+            total = torch.zeros((), device=self.device)
+            for place, (head, (_, losses_of)) in enumerate(zip(heads, branches), start=len(trunk)):
+                early = [depths[exits.index(head.exit_layer)][place]] if head.exit_layer else []
+                losses = losses_of([*early, depths[-1][place]])
+                total = total + self.config.heads[head.name].weight * losses["loss"]
+                out |= {head.name if name == "loss" else f"{head.name}_{name}": v for name, v in losses.items()}
         for name, target, weight in (
-            ("keyframe", keyframe, recipe.keyframe_weight),
-            ("chunk", chunk, recipe.chunk_weight),
-            ("look", look, recipe.look_weight),
+            ("keyframe", given["keyframe"], recipe.keyframe_weight),
+            ("chunk", given["chunk"], recipe.chunk_weight),
+            ("look", given["look"], recipe.look_weight),
         ):
             if weight and name in read:
                 out[name] = objectives.l1(read[name], target)
                 total = total + weight * out[name]
-        out["accuracy"] = objectives.token_accuracy(logits, tokens)
         return {"loss": total, **out}
 
-    def _look_losses(
-        self, model: Vla, images: dict[str, Tensor], text: Tensor, text_valid: Tensor, *rest: Tensor
-    ) -> dict[str, Tensor]:
+    def _look_losses(self, model: Vla, given: dict[str, Any]) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            read = model.look_ahead(images, text, text_valid)
-        loss = objectives.l1(read, rest[-1])
+            read = model.look_ahead(given["images"], given["text"], given["text_valid"])
+        loss = objectives.l1(read, given["look"])
         return {"loss": loss, "look": loss}
 
     @torch.inference_mode()
@@ -349,7 +262,7 @@ class Trainer:
         batches = min(self.config.val_batches, max(1, len(frames) // self.config.batch_size))
         for i in range(batches):
             chosen = sample_frames(1234, i, frames, min(self.config.batch_size, len(frames)))
-            for name, value in self._losses(model, *self._tensors(self.data.batch(chosen), None)).items():
+            for name, value in self._losses(model, self._tensors(self.data.batch(chosen), None, i)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) / batches
         return {f"val_{name}": value for name, value in sums.items()}
 
@@ -401,7 +314,8 @@ class Trainer:
         self._log({
             "event": "start", "resumed": resumed, "step": self.step_number, "steps": config.steps,
             "parameters": sum(p.numel() for p in self.model.parameters()), "frames": len(self.data.train_frames),
-            "tokens_mean": self.data.mean_tokens, "tokens_max": self.data.longest, "device": str(self.device),
+            "tokens": {name: {"mean": mean, "max": most} for name, (mean, most) in self.data.token_counts.items()},
+            "device": str(self.device),
         })  # fmt: skip
         last = min(config.steps, config.stop_step or config.steps)
         losses: dict[str, float] = {}

@@ -1,0 +1,210 @@
+"""What all decoders share: what they are given, what they give back, and the grammar of action tokens.
+
+A decoder turns one prefix into chunks. It owns no weights, remembers nothing between calls, and refuses a bundle whose
+heads it cannot serve. Adding one: docs/how-to/add-a-decoder.md.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.checkpoints.bundle import Bundle
+from vla.errors import ConfigError, explain
+from vla.models.suffix import TokenSuffix
+from vla.models.vla import Prefix
+from vla.policy import InferContext
+from vla.tokenizers import ActionTokenizer, valid_table
+
+
+class Grammar:
+    """Which tokens may come next. Every action token stands for a number of the T * A values of a chunk; a chunk is
+    complete when they add up, so no end token is needed and every generated list decodes without repair.
+
+    values: T * A. lengths: values per token, on the host, int[V]. bias: float[values + 1, V] on the device, row r what
+    to add to the logits when r values are still to come: 0 for tokens that fit, -inf for others. Row 0 allows all: a
+    finished sample of a batch keeps its place with any token, which is cut afterwards.
+    """
+
+    def __init__(self, tokenizer: ActionTokenizer, horizon: int, action_dim: int, device: torch.device | str = "cpu"):
+        self.values = horizon * action_dim
+        self.lengths: list[int] = np.asarray(tokenizer.token_lengths).tolist()
+        valid = valid_table(tokenizer, self.values)
+        valid[0] = True
+        self.bias = torch.where(torch.from_numpy(valid), 0.0, -torch.inf).to(device)
+
+    def constrain(self, logits: Tensor, remaining: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """logits [B, ..., V] and the values still to come before each -> float32, with -inf where nothing fits."""
+        if len(remaining) == 1 and isinstance(remaining[0], int):  # a view costs a fraction of an indexed copy
+            return logits.float() + self.bias[remaining[0]]
+        return logits.float() + self.bias[torch.tensor(remaining, device=self.bias.device)]
+
+    def before_each(self, remaining: int, tokens: Sequence[int]) -> list[int]:
+        """Values still to come before each of `tokens`, and after the last: len(tokens) + 1 numbers."""
+        out = [remaining]
+        for token in tokens:
+            out.append(max(0, out[-1] - self.lengths[token]))
+        return out
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a token decoder may know of one sample beside its prefix.
+
+    seed: for draws. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
+    deadline: time.perf_counter() at which the answer is wanted, infinity for never.
+    """
+
+    seed: int = 0
+    draft: tuple[int, ...] = ()
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True)
+class DecodedTokens:
+    """ids: per sample. passes: model passes after the prefix. confidence: mean probability of the ids, per sample.
+
+    notes: further numbers of this call, for reports; "layers" where a pass did not go through the whole depth.
+    """
+
+    ids: list[list[int]]
+    passes: int
+    confidence: list[float]
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """actions: normalised float32[B, T, A]. ids: per sample, () for continuous heads. repaired: per sample, tokens or
+    values that had to be mended. The rest as in DecodedTokens."""
+
+    actions: np.ndarray
+    passes: int
+    ids: list[tuple[int, ...]] = field(default_factory=list)
+    repaired: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def at(self, sample: int) -> tuple[tuple[int, ...], int, float]:
+        """(ids, repaired, confidence) of one sample, with what stands for them where a head has none."""
+        return (
+            self.ids[sample] if self.ids else (),
+            self.repaired[sample] if self.repaired else 0,
+            self.confidence[sample] if self.confidence else 1.0,
+        )
+
+
+@dataclass
+class DecodeInput:
+    """One batch behind its prefix. bundle: the policy's. seeds, contexts: per sample. grammars: by head, made once.
+
+    started: time.perf_counter() when this inference began.
+    """
+
+    bundle: Bundle
+    prefix: Prefix
+    seeds: Sequence[int]
+    contexts: Sequence[InferContext]
+    grammar: Callable[[str], Grammar]
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def batch(self) -> int:
+        return len(self.seeds)
+
+    @cached_property
+    def previous(self) -> list[np.ndarray | None]:
+        """What is left of each sample's previous chunk, normalised float32[T, A]: shifted by the actions executed
+        since, the last action repeated; None without a previous chunk."""
+        out: list[np.ndarray | None] = []
+        for context in self.contexts:
+            if context.previous is None:
+                out.append(None)
+                continue
+            actions = self.bundle.action_normalizer.normalize(context.previous.actions)
+            rows = np.minimum(np.arange(len(actions)) + context.executed, len(actions) - 1)
+            out.append(actions[rows].astype(np.float32))
+        return out
+
+
+class Decoder(Protocol):
+    """exact: gives what greedy decoding of the same head gives, token by token (in exact arithmetic)."""
+
+    exact: bool
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise ConfigError, with the remedy, when this bundle has not what the decoder needs."""
+        ...
+
+    def decode(self, given: DecodeInput) -> Decoded: ...
+
+
+class TokenDecoder(ABC):
+    """A decoder of action tokens. head: name of the head, "" for the first that makes tokens."""
+
+    exact = True
+
+    def __init__(self, head: str = ""):
+        self.head = head
+
+    def check(self, bundle: Bundle) -> None:
+        find_head(bundle, self.head, "tokens")
+
+    @abstractmethod
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        """Complete token lists behind one prefix; the suffix is empty when it comes in."""
+
+    def hints(self, given: DecodeInput, head: str) -> list[Hint]:
+        """Overridden by decoders that want drafts or a deadline: making a draft costs an encoding."""
+        return [Hint(seed) for seed in given.seeds]
+
+    @torch.inference_mode()
+    def decode(self, given: DecodeInput) -> Decoded:
+        head = find_head(given.bundle, self.head, "tokens")
+        suffix = TokenSuffix(given.bundle.model, given.prefix, head)
+        out = self.generate(suffix, given.grammar(head), self.hints(given, head))
+        return detokenized(given.bundle, head, out)
+
+
+def detokenized(bundle: Bundle, head: str, out: DecodedTokens) -> Decoded:
+    """Tokens of a head as normalised actions."""
+    config, tokenizer = bundle.config, bundle.action_tokenizers[head]
+    pairs = [tokenizer.decode_report(ids, config.horizon, config.action_dim) for ids in out.ids]
+    return Decoded(
+        np.stack([actions for actions, _ in pairs]), out.passes, [tuple(ids) for ids in out.ids],
+        [repaired for _, repaired in pairs], out.confidence, out.notes,
+    )  # fmt: skip
+
+
+def drafts(given: DecodeInput, head: str) -> list[tuple[int, ...]]:
+    """Each sample's previous chunk as tokens of `head`, shifted to now; () without one."""
+    tokenizer = given.bundle.action_tokenizers[head]
+    return [() if left is None else tuple(tokenizer.encode(left)) for left in given.previous]
+
+
+def find_head(bundle: Bundle, name: str, kind: str) -> str:
+    """The head called `name`, or the first of this kind; ConfigError when there is none."""
+    heads = bundle.config.heads
+    fitting = [head.name for head in heads if head.kind == kind]
+    if (name and name not in fitting) or not fitting:
+        wanted = f"a head of kind {kind!r}" + (f" named {name!r}" if name else "")
+        got = ", ".join(f"{head.name} ({head.kind})" for head in heads)
+        remedy = f"Choose one of {', '.join(fitting)}." if fitting else f"Train one: vla train head=[...,{kind}]."
+        raise ConfigError(explain("decoder.head", wanted, got, remedy))
+    return name or fitting[0]
+
+
+def confidences(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[float]:
+    """Mean probability of the chosen tokens, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
+    width = logits.shape[1]
+    chosen = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=logits.device)
+    top = logits.softmax(dim=-1).gather(2, chosen[..., None])[..., 0].cpu()
+    return [float(row[: len(kept)].mean()) for row, kept in zip(top, ids)]

@@ -1,0 +1,97 @@
+"""How each kind of head trains: its tokens as a branch of the sequence, and its losses from their hidden states.
+
+One pass serves all heads: branches see the prefix and not each other (see vla.models.masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.models.heads import HeadConfig, TokenHead
+from vla.models.masks import MaskRule
+from vla.models.vla import Segment, Vla
+from vla.training import objectives
+from vla.training.dataset import IGNORE
+
+# Hidden states of the branch after its exit layer (empty without one) and after the whole depth, to named losses; the
+# one called "loss" is trained, the others are for the eye.
+Read = Callable[[list[Tensor]], dict[str, Tensor]]
+
+
+def draw(seed: list[int], batch: int, horizon: int, action_dim: int) -> dict[str, np.ndarray]:
+    """The random numbers of one step: noise float32[B, T, A], flow time float32[B], and how far into the diffusion's
+    schedule, float32[B] in [0, 1).
+
+    Flow times are pi0's (Black et al. 2024, appendix B): Beta(1.5, 1), towards noise, which is time 1 here.
+    """
+    rng = np.random.default_rng(seed)
+    return {
+        "noise": rng.standard_normal((batch, horizon, action_dim), np.float32),
+        "time": (rng.beta(1.5, 1.0, batch) * 0.999 + 0.001).astype(np.float32),
+        "progress": rng.random(batch, np.float32),
+    }
+
+
+def branch(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[Segment, Read]:
+    """given: tokens {head: int64[B, K]}, chunk [B, T, A], and what `draw` made, as tensors."""
+    module: Any = model.heads[head.name]
+    if head.kind == "tokens":
+        tokens = given["tokens"][head.name]
+        segment = model.suffix_segment(head.name, module.embed(module.shift(tokens)), tokens != IGNORE)
+        return segment, lambda hidden: _token_losses(module, hidden, tokens)
+    chunk, noise = given["chunk"], given["noise"]
+    if head.kind == "flow":
+        time = given["time"][:, None, None]
+        noisy = time * noise + (1 - time) * chunk
+        segment = model.suffix_segment(head.name, module.embed(noisy), rule=MaskRule.BLOCK)
+        return segment, lambda hidden: {"loss": objectives.mean_square(module.read(hidden[-1]), noise - chunk)}
+    if head.kind == "parallel":
+        queries = module.queries[None].expand(len(chunk), -1, -1)
+        segment = model.suffix_segment(head.name, queries, rule=MaskRule.BLOCK)
+        return segment, lambda hidden: {"loss": objectives.l1(module.read(hidden[-1]).flatten(1), chunk)}
+    tokens = given["tokens"][head.name]
+    step = (given["progress"] * head.noise_steps).long()
+    lead = module.embed(objectives.noised(chunk, noise, step, head.noise_steps), step)
+    words = module.tokens.embed(module.tokens.shift(tokens))
+    valid = torch.cat((torch.ones_like(lead[..., 0], dtype=torch.bool), tokens != IGNORE), dim=1)
+    segment = model.suffix_segment(head.name, torch.cat((lead, words.to(lead.dtype)), dim=1), valid)
+    count = lead.shape[1]
+
+    def read(hidden: list[Tensor]) -> dict[str, Tensor]:
+        denoised = objectives.mean_square(module.noise(hidden[-1][:, 2 : count - 1]), noise)
+        spoken = _token_losses(module.tokens, [hidden[-1][:, count:]], tokens)
+        return {**spoken, "noise": denoised, "loss": spoken["loss"] + denoised}
+
+    return segment, read
+
+
+def _token_losses(head: TokenHead, hidden: list[Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of the next token, and of the tokens that exits and guesses name.
+
+    Guesses learn from the hidden states as they are and through the read-out as it is: greedy decoding of a policy
+    does not change because it learns to be decoded faster.
+    """
+    logits = head.logits(hidden[-1])
+    loss = objectives.action_cross_entropy(logits, tokens)
+    out = {"accuracy": objectives.token_accuracy(logits, tokens)}
+    if len(hidden) > 1:
+        early = head.logits(hidden[0])
+        out["exit"] = objectives.action_cross_entropy(early, tokens)
+        out["exit_accuracy"] = objectives.token_accuracy(early, tokens)
+        loss = loss + 0.5 * out["exit"]
+    if len(head.lookahead):
+        states = hidden[-1].detach()
+        read = torch.nn.functional.linear
+        weight, bias = head.logits.weight.detach(), head.logits.bias.detach()
+        terms = []
+        for ahead, guess in enumerate(head.lookahead, start=1):
+            later = torch.cat((tokens[:, ahead:], torch.full_like(tokens[:, :ahead], IGNORE)), dim=1)
+            terms.append(objectives.action_cross_entropy(read(states + guess(states), weight, bias), later))
+        out["guess"] = torch.stack(terms).mean()
+        loss = loss + out["guess"]
+    return {**out, "loss": loss}

@@ -1,0 +1,147 @@
+"""What a person chooses about a training run. Plain data: configs construct it, bundles keep it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.errors import ConfigError, explain
+from vla.models.transformer import TransformerConfig
+from vla.models.vision import CameraEncoderConfig
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The part of ModelConfig that a person chooses; the rest follows from the data.
+
+    transformer: with the backbone as its only expert; heads bring theirs. horizon: T. text_length: L, longest
+    instruction in tokens. auxiliary weights: keyframe (state at the next gripper change) and chunk (the whole
+    normalised chunk), read off the state token, and look (the states at the episode's first gripper changes), read off
+    the points of the first camera if it has any; they teach the backbone where to look and are not used when acting.
+    text_queries: see ModelConfig.
+    """
+
+    cameras: tuple[CameraEncoderConfig, ...]
+    transformer: TransformerConfig
+    horizon: int = 16
+    text_length: int = 24
+    text_vocab: int = 384
+    keyframe_weight: float = 0.5
+    chunk_weight: float = 0.5
+    look_weight: float = 2.0
+    text_queries: int = 6
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """kind: "fast", fitted on the training chunks, "bins", or "fast_file" (a FAST folder at `path`)."""
+
+    kind: str = "fast"
+    vocab_size: int = 512
+    scale: float = 10.0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """One head. kind, lookahead, exit_layer, noise_steps: see HeadConfig. tokenizer: of its actions, for kinds that
+    make tokens.
+
+    width, mlp_width: of the expert that runs it, 0 for the backbone itself. condition_width: of the vector that
+    modulates that expert's norms (flow). weight: of its loss.
+    """
+
+    kind: str
+    tokenizer: TokenizerRecipe | None = None
+    width: int = 128
+    mlp_width: int = 384
+    condition_width: int = 0
+    lookahead: int = 0
+    exit_layer: int = 0
+    noise_steps: int = 100
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Arguments of `train`.
+
+    data: folder of a LeRobotDataset. heads: by name. out: folder of the run (checkpoint, bundle, logs).
+    steps, batch_size: of the optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the
+    averaged weights, 0 for none. precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate.
+    settle, early_steps, early_repeat, late_stride: see TrainingData.
+    rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
+    for runs of more than half an hour). image_shift: random shift of training images in pixels.
+    init: a bundle folder whose backbone, text tokenizer and normalisation this run starts from, and those of its heads
+    that are asked for here as they are there; "" for none. freeze: leave the backbone as it comes from init and train
+    heads only. stop_step: end the run there, on the schedule of `steps`; 0 for never.
+    look_steps: of a model with points, the first steps, which train only those, on the first frames of episodes: four
+    times as fast, and from then on words point at objects. look_lr: learning rate of these steps.
+    """
+
+    data: str
+    out: str
+    model: ModelRecipe
+    heads: Mapping[str, HeadRecipe]
+    steps: int = 10000
+    batch_size: int = 64
+    lr: float = 1e-3
+    final_lr_share: float = 0.02
+    warmup_steps: int = 200
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: str = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    val_fraction: float = 0.03
+    settle: int = 8
+    early_steps: int = 0
+    early_repeat: int = 1
+    late_stride: int = 1
+    init: str = ""
+    freeze: bool = False
+    stop_step: int = 0
+    look_steps: int = 1000
+    look_lr: float = 2.0e-3
+    image_shift: int = 0
+    log_every: int = 20
+    val_every: int = 500
+    val_batches: int = 8
+    checkpoint_every: int = 500
+    rollout_every: int = 0
+    compile: bool = False
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(explain("train.precision", "fp32 or bf16", self.precision, "Choose one of them."))
+        if not self.heads:
+            raise ConfigError(explain("train.heads", "at least one", "none", "Choose some, as in head=[fast]."))
+        if self.freeze and not self.init:
+            raise ConfigError(explain("train.freeze", "init=BUNDLE with it", "no init", "Say whose backbone stays."))
+        for key in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(explain(f"train.{key}", "at least 1", getattr(self, key), "Give a positive number."))
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the loss curve; a resume must agree on it."""
+        data = asdict(self)
+        for key in ("out", "device", "threads", "log_every", "val_every", "val_batches", "checkpoint_every",
+                    "rollout_every", "compile", "stop_step"):  # fmt: skip
+            del data[key]
+        data["data"] = Path(self.data).name
+        return json.loads(json.dumps(data))
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    steps: int
+    loss: float
+    val_loss: float
+    samples_per_s: float
+    bundle: str

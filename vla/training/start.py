@@ -1,0 +1,59 @@
+"""Where a run starts from: the weights of an earlier bundle, and which of them stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vla.errors import ConfigError, explain
+from vla.models.vla import Vla
+
+
+def take_weights(model: Vla, source: Vla) -> list[str]:
+    """Copy the backbone of `source` into `model`, and its heads of the same name and shape with their experts.
+
+    Returns the names of the heads that were taken. ConfigError when the backbones differ.
+    """
+    mine, theirs = model.config, source.config
+    for key in ("cameras", "state_dim", "action_dim", "horizon", "text_vocab", "text_length", "text_queries", "look"):
+        if getattr(mine, key) != getattr(theirs, key):
+            raise ConfigError(explain(f"model.{key}", getattr(theirs, key), getattr(mine, key), "As in init."))
+    trunk = [replace(c.transformer, experts=c.transformer.experts[:1]) for c in (mine, theirs)]
+    if trunk[0] != trunk[1]:
+        raise ConfigError(explain("model.transformer", trunk[1], trunk[0], "Choose the model of init."))
+    experts, taken = {0: 0}, []
+    for head in mine.heads:
+        for other in theirs.heads:
+            sizes = mine.transformer.experts[head.expert], theirs.transformer.experts[other.expert]
+            alike = replace(head, expert=0, lookahead=0, exit_layer=0) == replace(
+                other, expert=0, lookahead=0, exit_layer=0
+            )
+            if alike and sizes[0] == sizes[1] and (head.expert == 0) == (other.expert == 0):
+                experts[head.expert] = other.expert
+                taken.append(head.name)
+    weights = source.state_dict()
+
+    def origin(name: str) -> str | None:
+        parts = name.split(".")
+        if parts[0] == "heads":
+            return name if parts[1] in taken and name in weights else None
+        at = {"layers": 3, "final_norms": 2}.get(parts[1]) if parts[0] == "transformer" else None
+        if at is not None:
+            expert = int(parts[at])
+            if expert not in experts:
+                return None
+            parts[at] = str(experts[expert])
+        return ".".join(parts)
+
+    found = {name: origin(name) for name in model.state_dict()}
+    model.load_state_dict({name: weights[old] for name, old in found.items() if old in weights}, strict=False)
+    return taken
+
+
+def freeze_backbone(model: Vla) -> None:
+    """Leave only heads and their own experts to train."""
+    model.requires_grad_(False)
+    model.heads.requires_grad_(True)
+    for index in range(1, len(model.config.transformer.experts)):
+        for layer in model.transformer.layers:
+            layer[index].requires_grad_(True)
+        model.transformer.final_norms[index].requires_grad_(True)
