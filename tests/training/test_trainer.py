@@ -244,13 +244,16 @@ def test_heads_train_together_as_if_alone(tiny_dataset, tiny_bundle, tmp_path) -
     """Branches neither see nor move each other: the loss of a head is the same beside four others."""
     alone = Trainer(tiny_config(tiny_dataset, tmp_path / "a", init=str(tiny_bundle)))
     beside = Trainer(tiny_config(tiny_dataset, tmp_path / "b", init=str(tiny_bundle), heads=ALL_HEADS))
+    frozen = Trainer(tiny_config(tiny_dataset, tmp_path / "c", init=str(tiny_bundle), heads=ALL_HEADS, freeze=True))
     assert beside.taken == ["fast"]
     frames = alone.data.val_frames[:8]
     with torch.no_grad():
-        one, all_of_them = (
+        one, all_of_them, behind = (
             trainer._losses(trainer.model, trainer._tensors(trainer.data.batch(frames), None))
-            for trainer in (alone, beside)
+            for trainer in (alone, beside, frozen)
         )
+    for name in set(behind) - {"loss"}:
+        assert float(behind[name]) == pytest.approx(float(all_of_them[name]), rel=1e-4), name
     for name in ("fast", "fast_accuracy", "keyframe", "chunk", "look"):
         assert float(one[name]) == pytest.approx(float(all_of_them[name]), rel=1e-5), name
     assert {"bins", "bins_exit", "bins_guess", "flow", "parallel", "hybrid", "hybrid_noise"} <= set(all_of_them)

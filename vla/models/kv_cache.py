@@ -69,3 +69,23 @@ class KVCache:
         """Roll back to `length` entries."""
         for layer in range(len(self.lengths)) if layers is None else layers:
             self.lengths[layer] = min(self.lengths[layer], length)
+
+
+class PrefixMemory:
+    """Keys and values of a prefix, kept as they come, for training suffixes behind it: nothing is written in place, so
+    gradients flow. The first pass fills it; behind `behind()` later ones are joined to it."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None):
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._before = layers
+
+    def behind(self) -> PrefixMemory:
+        return PrefixMemory(self._layers)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """As KVCache.write; the index is ignored."""
+        if self._before is None:
+            self._layers.append((keys, values))
+            return keys, values
+        before_keys, before_values = self._before[layer]
+        return torch.cat((before_keys, keys), dim=2), torch.cat((before_values, values), dim=2)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla.models.kv_cache import KVCache
+from vla.models.kv_cache import KVCache, PrefixMemory
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         streams: Sequence[Tensor | None],
         positions: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None = None,
+        cache: KVCache | PrefixMemory | None = None,
         write_index: int | Tensor = 0,
         layers: range | None = None,
         condition: Tensor | None = None,
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         streams: Sequence[Tensor | None],
         rotary: tuple[Tensor, Tensor],
         bias: Tensor | None,
-        cache: KVCache | None = None,
+        cache: KVCache | PrefixMemory | None = None,
         write_index: int | Tensor = 0,
         layers: range | None = None,
         condition: Tensor | None = None,

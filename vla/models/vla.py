@@ -8,7 +8,7 @@ actions only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vla.models.heads import FlowHead, HeadConfig, HybridHead, ParallelHead, RegressionHead, TokenHead
 from vla.models.host import HostWeights
-from vla.models.kv_cache import KVCache
+from vla.models.kv_cache import KVCache, PrefixMemory
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
 from vla.models.transformer import Transformer, TransformerConfig, additive
 from vla.models.vision import CameraEncoder, CameraEncoderConfig
@@ -228,6 +228,36 @@ class Vla(nn.Module):
                 out.append(stream[:, start : start + length])
                 offsets[segment.expert] += length
             read.append(out)
+        return read
+
+    def run_behind(
+        self, trunk: Sequence[Segment], branches: Sequence[Segment], exits: Sequence[int], condition: Tensor | None
+    ) -> list[list[Tensor]]:
+        """What `run_with_exits` gives for the branches, with no gradient into the trunk, which runs once.
+
+        Each branch attends to the trunk and itself only, so many long ones cost what they cost alone.
+        """
+        depth, memory = self.config.transformer.depth, PrefixMemory()
+        with torch.no_grad():
+            valid = torch.cat([segment.valid for segment in trunk], dim=1)
+            mask = segment_mask([segment.span for segment in trunk], valid)
+            joined = torch.cat([segment.embeddings for segment in trunk], dim=1)
+            self.transformer(self._streams(0, joined), positions_of(valid), mask, memory, fill_only=True)
+        read: list[list[Tensor]] = [[] for _ in range(len(exits) + 1)]
+        for segment in branches:
+            span = replace(segment.span, branch="")
+            own = segment_mask([span], segment.valid)
+            mask = torch.cat((valid[:, None].expand(-1, span.length, -1), own), dim=2)
+            positions = valid.sum(dim=1, keepdim=True) + positions_of(segment.valid)
+            stream, done = segment.embeddings, 0
+            for place, until in enumerate((*exits, depth)):
+                layers = range(done, until)
+                out = self.transformer(
+                    self._streams(segment.expert, stream), positions, mask, memory.behind(), 0, layers, condition
+                )[segment.expert]
+                assert out is not None
+                stream, done = out, until
+                read[place].append(self.transformer.finish(segment.expert, stream, condition))
         return read
 
     # ---- cached inference ----

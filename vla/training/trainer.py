@@ -220,17 +220,24 @@ class Trainer:
         heads = sorted(model.config.heads, key=lambda head: head.expert)
         exits = sorted({head.exit_layer for head in heads if head.exit_layer})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
+                trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
             branches = [branch(model, head, given) for head in heads]
+            segments, readers = [segment for segment, _ in branches], [read for _, read in branches]
             flows = [head.name for head in heads if head.kind == "flow"]
             condition = model.heads[flows[0]].condition(given["time"]) if flows else None
-            depths = model.run_with_exits([*trunk, *(segment for segment, _ in branches)], exits, condition)
-            read = {name: head(depths[-1][len(trunk) - 1][:, 0]) for name, head in model.auxiliary.items()}
-            if model.look is not None:
-                read["look"] = model.look(trunk[0].embeddings[:, -1])  # as look_ahead does
+            read: dict[str, Tensor] = {}
+            if self.config.freeze:  # nothing learns from what is read off the backbone
+                depths = model.run_behind(trunk, segments, exits, condition)
+            else:
+                depths = model.run_with_exits([*trunk, *segments], exits, condition)
+                read = {name: head(depths[-1][len(trunk) - 1][:, 0]) for name, head in model.auxiliary.items()}
+                depths = [hidden[len(trunk) :] for hidden in depths]
+                if model.look is not None:
+                    read["look"] = model.look(trunk[0].embeddings[:, -1])  # as look_ahead does
             out: dict[str, Tensor] = {}
             total = torch.zeros((), device=self.device)
-            for place, (head, (_, losses_of)) in enumerate(zip(heads, branches), start=len(trunk)):
+            for place, (head, losses_of) in enumerate(zip(heads, readers)):
                 early = [depths[exits.index(head.exit_layer)][place]] if head.exit_layer else []
                 losses = losses_of([*early, depths[-1][place]])
                 total = total + self.config.heads[head.name].weight * losses["loss"]
