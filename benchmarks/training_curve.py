@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 
 TITLES = {
     "look": "where the words send the arm, standard deviations",
-    "fast": "cross-entropy per FAST token",
+    "fast_tokens": "cross-entropy per FAST token",
     "fast_accuracy": "most likely FAST token is the expert's",
-    "bins": "cross-entropy per bin token",
+    "bins_tokens": "cross-entropy per bin token",
     "bins_accuracy": "most likely bin is the expert's",
     "flow": "squared error of the velocity",
     "parallel": "absolute error of the actions, normalised",

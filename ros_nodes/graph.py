@@ -99,9 +99,10 @@ class Graph:
     """Simulator, policy and command node of one robot.
 
     env, task: of sim.environment. policy: "expert", "hold", a bundle folder or a shipped bundle's name. out: results,
-    logs and statistics. execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with
-    real-time priority (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns,
-    rgb uint8[H, W, 3]) is called on the receive thread with pictures of `watch` (camera names).
+    logs and statistics. decoder: of the policy, a name in configs/decoder, then its settings as key=value.
+    execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with real-time priority
+    (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns, rgb uint8[H, W, 3]) is
+    called on the receive thread with pictures of `watch` (camera names).
     restart: nodes that are started again when they die in mid-run, MAX_RESTARTS times in all, noted in `restarts`.
     """
 
@@ -113,6 +114,7 @@ class Graph:
         out: Path,
         task: str | None = None,
         embodiment: Embodiment | None = None,
+        decoder: tuple[str, ...] = (),
         execute: int = 8,
         lead: int = 2,
         real_time_factor: float | None = None,
@@ -151,6 +153,8 @@ class Graph:
         if not expert:
             robot = ["--embodiment", robot_name]
             options = ["--policy", policy, *robot, "--threads", str(threads), *sim_time]
+            options += ["--decoder", decoder[0]] if decoder else []
+            options += [part for setting in decoder[1:] for part in ("--decoder-option", setting)]
             self._commands["policy"] = ["ros_nodes.policy_node", *options]
         self._watch, self._on_image, self._restart = watch, on_image, restart
         self.restarts: list[tuple[float, str, int]] = []  # (monotonic seconds, node, exit code), see `restart`

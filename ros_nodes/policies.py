@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vla import configs
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, explain
 from vla.policy import Policy
 from vla.resources import bundle_path, load_embodiment
 
 
-def load_policy(name: str, embodiment: str | None = None, threads: int | None = None) -> Policy:
+def load_policy(
+    name: str,
+    embodiment: str | None = None,
+    threads: int | None = None,
+    decoder: str = "autoregressive",
+    options: Sequence[str] = (),
+) -> Policy:
     """name: a bundle folder, the name of a shipped bundle, "hold", or a .npy file with action chunks float[N, T, A] to
     play one after the other. embodiment: the robot; a bundle must have been made for it, the others need it.
-    threads: CPU threads of torch in this process.
+    threads: CPU threads of torch in this process. decoder, options: of a bundle, a name in configs/decoder and its
+    settings as key=value.
 
     Raises BundleError for a bundle that is incomplete, EmbodimentMismatch for one of another robot.
     """
@@ -26,7 +35,7 @@ def load_policy(name: str, embodiment: str | None = None, threads: int | None = 
         return _scripted(Path(name), robot) if name != "hold" else _hold(robot)
     from policies.vla_policy import VlaPolicy
 
-    policy = VlaPolicy.from_bundle(bundle_path(name), threads=threads)
+    policy = VlaPolicy.from_bundle(bundle_path(name), configs.load("decoder", decoder, options), threads=threads)
     if robot is not None:
         robot.require_same(policy.embodiment, f"robot {robot.name!r} and policy {name!r}")
     policy.warm_up()

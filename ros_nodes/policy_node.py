@@ -319,6 +319,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser("policy_node", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--policy", required=True, help="bundle folder, name of a shipped bundle, or 'hold'")
+    parser.add_argument("--decoder", default="autoregressive", help="name in configs/decoder (default: autoregressive)")
+    parser.add_argument(
+        "--decoder-option", action="append", default=[], metavar="KEY=VALUE", help="setting of the decoder; repeatable"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (default: 1)")
     parser.add_argument("--embodiment", help="refuse a policy made for another robot; needed for 'hold'")
     parser.add_argument(
@@ -330,7 +334,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     wheel_shell.add_arguments(parser)
     options = parser.parse_args(arguments)
-    policy = load_policy(options.policy, options.embodiment, options.threads)
+    policy = load_policy(
+        options.policy, options.embodiment, options.threads, options.decoder, options.decoder_option
+    )
     state = None
     if policy.embodiment.action_space != "osc_delta":
         from vla.runtime.kinematics import Kinematics

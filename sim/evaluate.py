@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from sim.control import ExpertPolicy, make_expert
 from sim.environment import EVAL_SEED_START, make
+from vla.configs import describe
 from vla.errors import ConfigError, DataError, explain, nearest
 from vla.files import write_text
 from vla.policy import InferContext, InferResult, Policy
@@ -41,7 +42,8 @@ _SHUFFLE_DISTANCE = 500_000  # seeds of other scenes lie this far from the evalu
 class EvalConfig:
     """Arguments of `measure` and `evaluate`.
 
-    policy: a bundle folder, the name of a shipped bundle, or "expert". controls: which of CONTROLS, in this order.
+    policy: a bundle folder, the name of a shipped bundle, or "expert". decoder: of a bundle, None for greedy.
+    controls: which of CONTROLS, in this order.
     env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns by seed).
     episodes: how many, with seeds seed, seed + 1, ...
     scheduler, execute, lead: see vla.runtime.scheduler. latency_s: simulated time from observation to chunk; it hides
@@ -52,6 +54,7 @@ class EvalConfig:
     """
 
     policy: str = "tabletop"
+    decoder: Any = None
     controls: tuple[str, ...] = ("none",)
     env: str = "tabletop"
     task: str = "all"
@@ -86,7 +89,9 @@ class EvalConfig:
 
     def identity(self, policy_id: str, control: str) -> dict[str, Any]:
         """What decides every single episode: neither how many there are, nor where the report goes."""
-        data = asdict(self) | {"env_options": dict(self.env_options), "policy": policy_id, "control": control}
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"env_options": dict(self.env_options), "policy": policy_id, "control": control}
+        data["decoder"] = None if self.decoder is None else describe(self.decoder)
         for key in ("episodes", "out", "demonstration_seeds", "controls", "device", "threads"):
             del data[key]
         return data
@@ -265,7 +270,9 @@ def load_policy(config: EvalConfig, environment: Any) -> tuple[Policy, str]:
         return ExpertPolicy(make_expert(config.env, environment), environment.embodiment), "expert"
     from policies.vla_policy import VlaPolicy  # torch loads only for policies that need it
 
-    policy = VlaPolicy.from_bundle(bundle_path(config.policy), device=config.device, threads=config.threads or None)
+    policy = VlaPolicy.from_bundle(
+        bundle_path(config.policy), config.decoder, device=config.device, threads=config.threads or None
+    )
     return policy, policy.bundle.fingerprint
 
 

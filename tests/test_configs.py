@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from vla.cli.config import check_arguments, compose, target_of
+from vla.cli.config import compose
+from vla.configs import build, check_arguments, describe, load, names, target_of
+from vla.errors import ConfigError
 from vla.resources import config_dir, embodiment_names, load_embodiment, robot_model
 
 CONFIGS = config_dir()
@@ -62,6 +64,26 @@ def test_every_group_file_is_reachable() -> None:
     groups = {path.parent.name for path in CONFIGS.glob("*/*.yaml")} - {"embodiment"}
     reached = {override.partition("=")[0] for _, overrides in CASES for override in overrides}
     assert groups <= reached, f"nobody chooses from {sorted(groups - reached)}"
+
+
+@pytest.mark.parametrize("name", names("decoder"))
+def test_decoders_load_without_hydra_and_describe_themselves(name: str) -> None:
+    """What constructs a decoder can be told from the decoder: reports keep it as plain data."""
+    decoder = load("decoder", name)
+    plain = yaml.safe_load((CONFIGS / "decoder" / f"{name}.yaml").read_text())
+    assert describe(decoder) == plain, "the YAML holds every argument with its default"
+    assert describe(build(describe(decoder))) == plain
+    assert isinstance(decoder.exact, bool)
+
+
+def test_options_of_a_loaded_config_are_checked() -> None:
+    assert load("decoder", "jacobi", ["window=4", "warm=true"]).window == 4
+    with pytest.raises(ConfigError, match="Did you mean 'jacobi'"):
+        load("decoder", "jacobbi")
+    with pytest.raises(ConfigError, match="Did you mean 'window'"):
+        load("decoder", "jacobi", ["windw=4"])
+    with pytest.raises(ConfigError, match="key=value"):
+        load("decoder", "jacobi", ["window"])
 
 
 @pytest.mark.parametrize("name", embodiment_names())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vla.cli.config import build, compose
+from vla.cli.config import compose
+from vla.configs import build
 from vla.errors import ConfigError
 
 

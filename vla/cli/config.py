@@ -5,10 +5,6 @@ Nothing below `vla/cli` sees Hydra. A config holds `_target_` and constructor ar
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,79 +59,6 @@ def compose(
         GlobalHydra.instance().clear()
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def build(config: Mapping[str, Any], where: str = "config") -> Any:
-    """Call what `_target_` names with the other keys.
-
-    Nested mappings are built first when they have a `_target_` of their own, or when the parameter is a dataclass.
-    Raises ConfigError for an argument that the constructor does not take (nearest name offered) or that is missing.
-    Lists given for tuple parameters become tuples.
-    """
-    return _construct(target_of(config, where), {k: v for k, v in config.items() if k != "_target_"}, where)
-
-
-def _construct(target: Any, arguments: Mapping[str, Any], where: str) -> Any:
-    check_arguments(target, arguments, where)
-    hints = _hints(target)
-    built = {}
-    for key, value in arguments.items():
-        kind = hints.get(key)
-        item = _built(value, f"{where}.{key}")
-        if isinstance(item, Mapping) and dataclasses.is_dataclass(kind):
-            item = _construct(kind, item, f"{where}.{key}")
-        elif isinstance(item, list) and (kind is tuple or typing.get_origin(kind) is tuple):
-            item = tuple(item)
-        built[key] = item
-    return target(**built)
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    """Resolved parameter types; {} where they name things that are not importable at run time."""
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:
-        return {}
-
-
-def target_of(config: Mapping[str, Any], where: str) -> Any:
-    """The callable a config names."""
-    name = config.get("_target_")
-    if not isinstance(name, str) or "." not in name:
-        raise ConfigError(explain(f"{where}._target_", "module.attribute", name, "Say what these arguments construct."))
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(explain(f"{where}._target_", "something importable", name, str(error))) from error
-
-
-def check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:
-    """Bind `arguments` to the signature of `target`, or say which one does not fit."""
-    parameters = inspect.signature(target).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for key in arguments:
-        if key not in parameters and not takes_any:
-            raise ConfigError(f"{where}: unknown key {key!r}. {nearest(key, parameters)}")
-    required = [
-        key
-        for key, p in parameters.items()
-        if p.default is inspect.Parameter.empty
-        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    ]
-    missing = [key for key in required if key not in arguments]
-    if missing:
-        raise ConfigError(explain(where, f"all of {required}", f"no {', '.join(missing)}", "Set them, as key=value."))
-
-
-def _built(value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return build(value, where)
-        return {key: _built(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list):
-        return [_built(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    return value
 
 
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:

@@ -25,6 +25,7 @@ examples:
   vla demo
   vla demo --episodes 5 --seed 1000100 --task stack
   vla demo --policy outputs/train/bundle --out outputs/mine
+  vla demo --decoder jacobi window=4
   vla demo --env libero_object --task 3 --policy expert --episodes 1"""
 
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="task family or number (default: all of the environment)")
     parser.add_argument(
         "--policy", help="bundle folder, shipped bundle, 'expert' or 'hold' (default: shipped, else expert)"
+    )
+    parser.add_argument(
+        "--decoder", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"), help="default: autoregressive"
     )
     parser.add_argument(
         "--rtf", type=float, metavar="F", help="simulated seconds per wall second (default: 1; LIBERO 0.25)"
@@ -59,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(stderr=args.json)
     policy = args.policy or _default_policy(args.env)
-    _check(args.env, policy)
-    plan = Plan(args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime)
+    _check(args.env, policy, args.decoder)
+    plan = Plan(
+        args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime,
+        tuple(args.decoder),
+    )  # fmt: skip
     if args.seed < EVAL_SEED_START and policy != "expert":
         console.print(f"note: a policy may have been trained on seeds below {EVAL_SEED_START}")
     run_ = Run(plan)
@@ -172,7 +179,7 @@ def _default_policy(env: str) -> str:
     return env if env in pretrained_names() else "expert"
 
 
-def _check(env: str, policy: str) -> None:
+def _check(env: str, policy: str, decoder: list[str]) -> None:
     """Misspelt names are found here, at once, instead of in the log of a process that died."""
     from sim.control import EXPERTS
     from sim.environment import ENVIRONMENTS
@@ -185,6 +192,13 @@ def _check(env: str, policy: str) -> None:
         raise ConfigError(f"policy: no scripted expert for {env!r}. Pass --policy BUNDLE or --policy hold.")
     if policy not in ("expert", "hold"):
         bundle_path(policy)
+        if decoder:
+            from vla.checkpoints.bundle import load
+            from vla.configs import load as load_config
+
+            load_config("decoder", decoder[0], decoder[1:]).check(load(bundle_path(policy)))
+    elif decoder:
+        raise ConfigError(f"decoder: expected a bundle as policy, got {policy!r}. Pass --policy BUNDLE.")
 
 
 def _nodes(policy: str) -> tuple[str, ...]:

@@ -26,7 +26,10 @@ OUTPUT_FOLDERS = {"logs": "*.log", "stats": "*.json"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What `vla demo` was asked for. task: None for the environment's own choice. rtf: None for its default."""
+    """What `vla demo` was asked for. task: None for the environment's own choice. rtf: None for its default.
+
+    decoder: a name in configs/decoder and its settings, () for greedy.
+    """
 
     env: str
     policy: str
@@ -37,6 +40,7 @@ class Plan:
     rtf: float | None = None
     domain: int | None = None
     realtime: bool = False
+    decoder: tuple[str, ...] = ()
 
 
 class Run:
@@ -55,6 +59,7 @@ class Run:
         self.graph = Graph(
             plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
             watch=watched, on_image=self.recorder.on_image, restart=("policy",), realtime=plan.realtime,
+            decoder=plan.decoder,
         )  # fmt: skip
 
     def __enter__(self) -> Run:

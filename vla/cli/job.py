@@ -21,7 +21,8 @@ def add_override_arguments(parser: argparse.ArgumentParser, name: str, examples:
 
 def compose_job(args: argparse.Namespace, name: str) -> Any:
     """What configs/NAME.yaml constructs with the overrides; None when it was only to be shown."""
-    from vla.cli.config import build, compose
+    from vla.cli.config import compose
+    from vla.configs import build
 
     plain = compose(name, args.overrides, allow_missing=args.show)
     if args.show:

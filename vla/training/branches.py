@@ -78,7 +78,7 @@ def _token_losses(head: TokenHead, hidden: list[Tensor], tokens: Tensor) -> dict
     """
     logits = head.logits(hidden[-1])
     loss = objectives.action_cross_entropy(logits, tokens)
-    out = {"accuracy": objectives.token_accuracy(logits, tokens)}
+    out = {"tokens": loss, "accuracy": objectives.token_accuracy(logits, tokens)}
     if len(hidden) > 1:
         early = head.logits(hidden[0])
         out["exit"] = objectives.action_cross_entropy(early, tokens)

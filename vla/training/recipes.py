@@ -75,9 +75,9 @@ class TrainConfig:
     settle, early_steps, early_repeat, late_stride: see TrainingData.
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
     for runs of more than half an hour). image_shift: random shift of training images in pixels.
-    init: a bundle folder whose backbone, text tokenizer and normalisation this run starts from, and those of its heads
-    that are asked for here as they are there; "" for none. freeze: leave the backbone as it comes from init and train
-    heads only. stop_step: end the run there, on the schedule of `steps`; 0 for never.
+    init: a bundle, folder or shipped name, whose backbone, text tokenizer and normalisation this run starts from, and
+    those of its heads that are asked for here as they are there; "" for none. freeze: leave the backbone as it comes
+    from init and train heads only. stop_step: end the run there, on the schedule of `steps`; 0 for never.
     look_steps: of a model with points, the first steps, which train only those, on the first frames of episodes: four
     times as fast, and from then on words point at objects. look_lr: learning rate of these steps.
     """

@@ -28,6 +28,7 @@ from vla.files import exclusive, replacing
 from vla.models.heads import HeadConfig
 from vla.models.transformer import ExpertConfig
 from vla.models.vla import ModelConfig, Vla
+from vla.resources import bundle_path
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
 from vla.tokenizers.text import TextTokenizer
 from vla.training import objectives
@@ -104,7 +105,7 @@ class Trainer:
     def _start_bundle(self) -> Bundle | None:
         if not self.config.init:
             return None
-        start = bundles.load(self.config.init)
+        start = bundles.load(bundle_path(self.config.init))
         self.data.embodiment.require_same(
             start.embodiment, f"data {self.config.data} and init {self.config.init}", "Start without init."
         )
