@@ -16,6 +16,7 @@ from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import DecodeInput, Decoder, Grammar
 from vla.embodiment import Embodiment
 from vla.errors import BundleError, ObservationError, explain
+from vla.models.pruning import TokenSelection
 from vla.policy import DecodeReport, InferContext, InferResult
 from vla.types import ActionChunk, Observation
 
@@ -23,10 +24,11 @@ from vla.types import ActionChunk, Observation
 class VlaPolicy:
     """Observations -> normalised tensors -> prefix -> decoder -> normalised actions -> chunk in physical units.
 
-    Deterministic for equal observations, contexts and seeds; keeps no state between calls.
+    Deterministic for equal observations, contexts and seeds; keeps no state between calls. selection: which visual
+    tokens to keep (see vla.models.pruning), None for all; reports then name them.
     """
 
-    def __init__(self, bundle: Bundle, decoder: Decoder | None = None):
+    def __init__(self, bundle: Bundle, decoder: Decoder | None = None, selection: TokenSelection | None = None):
         if tuple(bundle.observation_offsets) != (0,):
             raise BundleError(
                 explain("observation_offsets", "[0]", list(bundle.observation_offsets), "No history is kept yet.")
@@ -34,18 +36,26 @@ class VlaPolicy:
         self.bundle = bundle
         self.decoder = decoder or AutoregressiveDecoder()
         self.decoder.check(bundle)
+        self.selection = selection
+        if selection is not None:
+            selection.check(bundle.config)
         self.device = next(bundle.model.parameters()).device
         self._grammars: dict[str, Grammar] = {}
         self._seed = 0
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, decoder: Decoder | None = None, device: str = "cpu", threads: int | None = None
+        cls,
+        path: str | Path,
+        decoder: Decoder | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        selection: TokenSelection | None = None,
     ) -> VlaPolicy:
         """Load a bundle folder. threads: torch CPU threads of this process (None leaves them as they are)."""
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(bundles.load(path, device), decoder)
+        return cls(bundles.load(path, device), decoder, selection)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -84,10 +94,11 @@ class VlaPolicy:
             torch.from_numpy(valid).to(self.device),
             torch.from_numpy(state).to(self.device),
         )
-        prefix = bundle.model.prefix(segments, config.suffix_room)
+        prefix = bundle.model.prefix(segments, config.suffix_room, self.selection)
         encoded = time.perf_counter()
         seeds = [_mix(self._seed, context.seed) for context in contexts]
         decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started))
+        kept = None if prefix.kept is None else prefix.kept.cpu().numpy()
         results = []
         period_s = self.embodiment.period_s
         for sample, (observation, context) in enumerate(zip(observations, contexts)):
@@ -104,7 +115,8 @@ class VlaPolicy:
                 "total": (done - started) * 1e3,
             }
             ids, repaired, confidence = decoded.at(sample)
-            report = DecodeReport(ids, decoded.passes, repaired, confidence, None, times)
+            visual = None if kept is None else kept[sample]
+            report = DecodeReport(ids, decoded.passes, repaired, confidence, visual, times)
             results.append(InferResult(chunk, report))
         return results
 

@@ -334,9 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     wheel_shell.add_arguments(parser)
     options = parser.parse_args(arguments)
-    policy = load_policy(
-        options.policy, options.embodiment, options.threads, options.decoder, options.decoder_option
-    )
+    policy = load_policy(options.policy, options.embodiment, options.threads, options.decoder, options.decoder_option)
     state = None
     if policy.embodiment.action_space != "osc_delta":
         from vla.runtime.kinematics import Kinematics

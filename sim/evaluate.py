@@ -43,7 +43,7 @@ class EvalConfig:
     """Arguments of `measure` and `evaluate`.
 
     policy: a bundle folder, the name of a shipped bundle, or "expert". decoder: of a bundle, None for greedy.
-    controls: which of CONTROLS, in this order.
+    pruning, reuse: a TokenSelection and a ReuseRule for it, None for neither. controls: which of CONTROLS, in order.
     env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns by seed).
     episodes: how many, with seeds seed, seed + 1, ...
     scheduler, execute, lead: see vla.runtime.scheduler. latency_s: simulated time from observation to chunk; it hides
@@ -55,6 +55,8 @@ class EvalConfig:
 
     policy: str = "tabletop"
     decoder: Any = None
+    pruning: Any = None
+    reuse: Any = None
     controls: tuple[str, ...] = ("none",)
     env: str = "tabletop"
     task: str = "all"
@@ -91,7 +93,8 @@ class EvalConfig:
         """What decides every single episode: neither how many there are, nor where the report goes."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"env_options": dict(self.env_options), "policy": policy_id, "control": control}
-        data["decoder"] = None if self.decoder is None else describe(self.decoder)
+        for key in ("decoder", "pruning", "reuse"):
+            data[key] = None if data[key] is None else describe(data[key])
         for key in ("episodes", "out", "demonstration_seeds", "controls", "device", "threads"):
             del data[key]
         return data
@@ -268,11 +271,14 @@ def load_policy(config: EvalConfig, environment: Any) -> tuple[Policy, str]:
     """The policy that `config.policy` names, and what identifies it in a report."""
     if config.policy == "expert":
         return ExpertPolicy(make_expert(config.env, environment), environment.embodiment), "expert"
+    from policies.reuse_policy import ReusePolicy
     from policies.vla_policy import VlaPolicy  # torch loads only for policies that need it
 
     policy = VlaPolicy.from_bundle(
-        bundle_path(config.policy), config.decoder, device=config.device, threads=config.threads or None
+        bundle_path(config.policy), config.decoder, config.device, config.threads or None, config.pruning
     )
+    if config.reuse is not None:
+        return ReusePolicy(policy, config.reuse), policy.bundle.fingerprint
     return policy, policy.bundle.fingerprint
 
 

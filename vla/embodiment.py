@@ -105,6 +105,11 @@ class Embodiment:
         return len(self.action_names)
 
     @property
+    def grippers(self) -> tuple[int, ...]:
+        """Which actions are grippers, by their names."""
+        return tuple(place for place, name in enumerate(self.action_names) if "gripper" in name)
+
+    @property
     def state_dim(self) -> int:
         return len(self.state_names)
 

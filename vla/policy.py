@@ -37,7 +37,8 @@ class DecodeReport:
     ids: action token ids, () for continuous heads. passes: model passes after the prefix.
     repaired: tokens or coefficients that had to be repaired for the ids to be a valid chunk.
     confidence: mean probability of the emitted tokens, 1.0 where it has no meaning.
-    kept_tokens: indices of visual tokens that were kept, None when none was dropped.
+    kept_tokens: places in the prefix of the visual tokens that were kept, or scored as worth it; None when nobody
+    chose among them.
     times_ms: {"preprocess", "prefix", "decode", "total"}, milliseconds.
     reused: the reason why the last chunk stood instead of a forward pass, "" for a real forward.
     """

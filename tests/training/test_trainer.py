@@ -13,7 +13,7 @@ from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
 from vla.training import objectives
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
-from vla.training.recipes import HeadRecipe, TokenizerRecipe
+from vla.training.recipes import DistillRecipe, HeadRecipe, TokenizerRecipe
 from vla.training.trainer import Trainer, train
 
 
@@ -249,8 +249,7 @@ def test_heads_train_together_as_if_alone(tiny_dataset, tiny_bundle, tmp_path) -
     frames = alone.data.val_frames[:8]
     with torch.no_grad():
         one, all_of_them, behind = (
-            trainer._losses(trainer.model, trainer._tensors(trainer.data.batch(frames), None))
-            for trainer in (alone, beside, frozen)
+            trainer._losses(trainer.model, trainer._tensors(frames, None)) for trainer in (alone, beside, frozen)
         )
     for name in set(behind) - {"loss"}:
         assert float(behind[name]) == pytest.approx(float(all_of_them[name]), rel=1e-4), name
@@ -279,6 +278,20 @@ def test_frozen_backbone_stays_and_heads_learn(tiny_dataset, tiny_bundle, tmp_pa
     assert {name.split(".")[1] for name in changed if name.startswith("heads.")} == set(ALL_HEADS)
 
 
+def test_heads_of_the_start_that_are_not_trained_stay(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    from vla.checkpoints import bundle as bundles
+
+    heads = {name: ALL_HEADS[name] for name in ("flow", "bins")}
+    train(tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle), heads=heads, freeze=True))
+    start, end = bundles.load(tiny_bundle), bundles.load(tmp_path / "bundle")
+    assert [head.name for head in end.config.heads] == ["flow", "bins", "fast"]
+    assert sorted(end.action_tokenizers) == ["bins", "fast"]
+    old, new = start.model, end.model
+    assert torch.equal(old.heads["fast"].logits.weight, new.heads["fast"].logits.weight)
+    before, after = (model.transformer.layers[1][model.config.head("fast").expert] for model in (old, new))
+    assert torch.equal(before.qkv.weight, after.qkv.weight)
+
+
 def test_guesses_do_not_change_what_greedy_decoding_says(tiny_dataset, tmp_path) -> None:
     """The same run with and without heads that look ahead ends with the same policy."""
     plain, ahead = (
@@ -298,3 +311,77 @@ def test_freezing_needs_something_to_keep(tiny_dataset, tmp_path) -> None:
         tiny_config(tiny_dataset, tmp_path, freeze=True)
     with pytest.raises(ConfigError, match=r"train\.heads"):
         tiny_config(tiny_dataset, tmp_path, heads={})
+
+
+def test_distillation_shortens_the_way_to_the_fixed_point(tiny_dataset, tmp_path) -> None:
+    """Fewer Jacobi passes after training on a head's own trajectories, while greedy decoding still says the same."""
+    from vla.decoding.capped import jacobi
+    from vla.models.suffix import TokenSuffix
+
+    bins = HeadRecipe("tokens", BINS, 32, 64)
+    first = tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0, steps=120, lr=3e-3,
+                        val_every=200, checkpoint_every=200)  # fmt: skip
+    train(first)
+    recipe = DistillRecipe(frames=48, tolerance=float("inf"))
+    second = tiny_config(
+        tiny_dataset, tmp_path / "student", heads={"bins": replace(bins, distill=recipe)}, freeze=True, steps=121,
+        init=str(tmp_path / "teacher/bundle"), lr=2e-3, val_every=200, checkpoint_every=200,
+    )  # fmt: skip
+    rows = []
+    trainer = Trainer(second, rows.append)
+    assert rows[-1]["event"] == "trajectories" and len(trainer.data.train_frames) == 48
+    parts = sorted((tmp_path / "student").glob("trajectories-*/*.npy"))
+    stamps = [part.stat().st_mtime_ns for part in parts]
+    Trainer(second)
+    assert stamps == [part.stat().st_mtime_ns for part in parts]  # they are collected once
+    trajectories = trainer.trajectories["bins"]
+    iterate, settled = trajectories.draw(trajectories.frames, np.full(len(trajectories.frames), 0.999))
+    assert (iterate != settled).any(axis=1).mean() > 0.9  # the last one before the fixed point
+
+    def passes(model):
+        batch = trainer.data.batch(trainer.data.train_frames)
+        images = {name: torch.from_numpy(value) for name, value in batch.images.items()}
+        rest = [torch.from_numpy(x) for x in (batch.text, batch.text_valid, batch.state)]
+        out, said = [], []
+        with torch.inference_mode():
+            for i in range(24):
+                one = [x[i : i + 1] for x in rest]
+                segments = model.prefix_segments({name: value[i : i + 1] for name, value in images.items()}, *one)
+                suffix = TokenSuffix(model, model.prefix(segments, 112), "bins")
+                block, _, count = jacobi(suffix, torch.zeros(1, 112, dtype=torch.long), 113)
+                out.append(count)
+                said.append(block[0].numpy())
+        return float(np.mean(out)), np.array(said)
+
+    before, teacher = passes(trainer.model.eval())
+    while trainer.step_number < second.steps:
+        losses = trainer.step()
+    assert "bins_consistency" in losses
+    after, student = passes(trainer.model.eval())
+    assert after < 0.8 * before
+    assert (teacher == student).mean() > 0.8
+
+
+def test_mixed_labels_follow_the_tolerance(tiny_dataset, tmp_path) -> None:
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
+    for tolerance in (0.0, float("inf")):
+        config = tiny_config(
+            tiny_dataset, tmp_path / str(tolerance), init=str(tmp_path / "teacher/bundle"), freeze=True,
+            heads={"bins": replace(bins, distill=DistillRecipe(frames=16, tolerance=tolerance))},
+        )  # fmt: skip
+        trainer = Trainer(config)
+        given = trainer._tensors(trainer.data.train_frames[:8], 0)
+        demonstrated = trainer.data.batch(trainer.data.train_frames[:8]).tokens["bins"]
+        wanted = given["settled"]["bins"].numpy() if tolerance else demonstrated
+        assert np.array_equal(given["tokens"]["bins"].numpy(), wanted)
+    with pytest.raises(ConfigError, match=r"heads\.bins\.distill"):
+        tiny_config(tiny_dataset, tmp_path, heads={"bins": replace(bins, distill=DistillRecipe())})
+
+
+def test_no_gradient_flows_through_the_target() -> None:
+    target, guess = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
+    loss = objectives.divergence(target.detach(), guess)
+    loss.backward()
+    assert target.grad is None and guess.grad.abs().sum() > 0
+    assert objectives.divergence(target, target).item() == pytest.approx(0, abs=1e-6)

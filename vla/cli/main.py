@@ -34,6 +34,7 @@ COMMANDS = (
     Command(("train",), "vla.cli.train", "train a policy on a data set (Hydra overrides)"),
     Command(("eval",), "vla.cli.evaluate", "measure the success of a policy in process (Hydra overrides)"),
     Command(("setup", "libero"), "vla.cli.setup_libero", "install the LIBERO and robosuite parts, point at the assets"),
+    Command(("bench", "decode"), "vla.cli.bench_decode", "every decoder over one policy: passes, time, success"),
     Command(("bench", "tokens"), "vla.cli.bench_tokens", "tokens per second of action: bins, FAST+, FAST on our data"),
 )
 GROUPS = {"setup": "install optional parts", "bench": "measure one part"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, confidences
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, probabilities
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 
@@ -36,7 +37,8 @@ class AutoregressiveDecoder(TokenDecoder):
                 if remaining[sample]:
                     ids[sample].append(chosen)
                     remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen])
-        return DecodedTokens(ids, len(rows), confidences(torch.stack(rows, dim=1), ids))
+        likely = probabilities(torch.stack(rows, dim=1), ids)
+        return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], probabilities=likely)
 
     def _choose(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
         """[B, V] -> int64[B, 1]"""

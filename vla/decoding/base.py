@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -73,12 +74,14 @@ class DecodedTokens:
     """ids: per sample. passes: model passes after the prefix. confidence: mean probability of the ids, per sample.
 
     notes: further numbers of this call, for reports; "layers" where a pass did not go through the whole depth.
+    probabilities: of each id, where the decoder tells them; confidence is their mean.
     """
 
     ids: list[list[int]]
     passes: int
     confidence: list[float]
     notes: dict[str, float] = field(default_factory=dict)
+    probabilities: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class DecodeInput:
                 out.append(None)
                 continue
             actions = self.bundle.action_normalizer.normalize(context.previous.actions)
-            rows = np.minimum(np.arange(len(actions)) + context.executed, len(actions) - 1)
+            rows = np.minimum(np.arange(self.bundle.config.horizon) + context.executed, len(actions) - 1)
             out.append(actions[rows].astype(np.float32))
         return out
 
@@ -202,9 +205,25 @@ def find_head(bundle: Bundle, name: str, kind: str) -> str:
     return name or fitting[0]
 
 
-def confidences(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[float]:
-    """Mean probability of the chosen tokens, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
+def probabilities(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Probability of each chosen token, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
     width = logits.shape[1]
     chosen = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=logits.device)
-    top = logits.softmax(dim=-1).gather(2, chosen[..., None])[..., 0].cpu()
-    return [float(row[: len(kept)].mean()) for row, kept in zip(top, ids)]
+    top = logits.softmax(dim=-1).gather(2, chosen[..., None])[..., 0].tolist()
+    return [row[: len(kept)] for row, kept in zip(top, ids)]
+
+
+def confidences(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[float]:
+    """Mean probability of the chosen tokens, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
+    return [fmean(row) for row in probabilities(logits, ids)]
+
+
+def generators(given: DecodeInput) -> list[torch.Generator]:
+    """One per sample, on the host: a batch on any device draws what its samples draw alone on a CPU."""
+    return [torch.Generator().manual_seed(seed) for seed in given.seeds]
+
+
+def gaussian(given: DecodeInput, draws: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal float32[B, T, A] on the prefix's device, each sample from its own generator."""
+    shape = given.bundle.config.horizon, given.bundle.config.action_dim
+    return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(given.prefix.device)

@@ -154,3 +154,12 @@ def sinusoid(time: Tensor, width: int) -> Tensor:
     periods = torch.logspace(math.log10(4.0), math.log10(4e-3), count, device=time.device)
     angles = time[:, None].float() * (2 * math.pi / periods)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def signal_shares(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """float32[steps]: how much of the signal's variance is left after each diffusion step, the cosine schedule
+    (Nichol and Dhariwal 2021; "squaredcos_cap_v2" in diffusers)."""
+    edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0).float().to(device)

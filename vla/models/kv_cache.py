@@ -61,6 +61,19 @@ class KVCache:
         kept_values.index_copy_(2, index, values.to(kept_values.dtype))
         return kept_keys, kept_values
 
+    def picked(self, places: Tensor, layers: int, room: int) -> KVCache:
+        """A new cache with the entries at `places`, int64[B, n], of the first `layers` layers, and room for more.
+
+        Lengths are 0, as before the first `advance`.
+        """
+        depth, batch, kv_heads, _, head_dim = self.keys.shape
+        count = places.shape[1]
+        out = KVCache(depth, batch, kv_heads, count + room, head_dim, self.keys.dtype, self.keys.device)
+        index = places[None, :, None, :, None].expand(layers, -1, kv_heads, -1, head_dim)
+        out.keys[:layers, :, :, :count] = self.keys[:layers].gather(3, index)
+        out.values[:layers, :, :, :count] = self.values[:layers].gather(3, index)
+        return out
+
     def advance(self, count: int, layers: Iterable[int] | None = None) -> None:
         for layer in range(len(self.lengths)) if layers is None else layers:
             self.lengths[layer] += count

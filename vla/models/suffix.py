@@ -14,13 +14,14 @@ class TokenSuffix:
     """Feed ids, get logits, roll back. Starts behind whatever of the suffix the cache already holds (`lead` entries:
     a hybrid head's noisy actions).
 
-    length: tokens that the cache holds. room: how many it can hold.
+    length: tokens that the cache holds. room: how many it can hold. config: the head's.
     """
 
     def __init__(self, model: Vla, prefix: Prefix, head: str):
         module = model.heads[head]
         self.head: TokenHead = module.tokens if isinstance(module, HybridHead) else module
-        self.model, self.prefix, self.expert = model, prefix, model.config.head(head).expert
+        self.model, self.prefix, self.config = model, prefix, model.config.head(head)
+        self.expert = self.config.expert
         self.lead = prefix.cache.length - prefix.length
         self._start = prefix.cache.length
         weights = model.host_weights(head) if prefix.batch == 1 and prefix.device.type == "cpu" else None

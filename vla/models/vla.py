@@ -18,6 +18,7 @@ from vla.models.heads import FlowHead, HeadConfig, HybridHead, ParallelHead, Reg
 from vla.models.host import HostWeights
 from vla.models.kv_cache import KVCache, PrefixMemory
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
+from vla.models.pruning import TokenSelection
 from vla.models.transformer import Transformer, TransformerConfig, additive
 from vla.models.vision import CameraEncoder, CameraEncoderConfig
 
@@ -65,6 +66,11 @@ class ModelConfig:
         return next(head for head in self.heads if head.name == name)
 
     @property
+    def visual_tokens(self) -> int:
+        """Grid tokens of all images; the tokens of points, which pruning never drops, are not counted."""
+        return sum(camera.grid**2 for camera in self.cameras)
+
+    @property
     def suffix_room(self) -> int:
         """Cache entries behind the prefix that the longest head may need: a token stands for at least one value."""
         values, block = self.horizon * self.action_dim, self.horizon + 3
@@ -97,13 +103,15 @@ class Prefix:
     """A prefix that ran: its cache, and what each suffix token needs to continue, made once for all passes.
 
     length: P, entries of the prefix in the cache. rotary: cos and sin [B, 1, S, head_dim] for the S suffix tokens that
-    there is room for. bias: [B, S, P + S], what a causal suffix token may see (`transformer.additive`).
+    there is room for. bias: [B, S, P + S], what a causal suffix token may see (`transformer.additive`). kept: places in
+    the unpruned prefix of the visual tokens that were chosen, int64[B, k], None when nobody asked.
     """
 
     cache: KVCache
     length: int
     rotary: tuple[Tensor, Tensor]
     bias: Tensor
+    kept: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -261,16 +269,36 @@ class Vla(nn.Module):
         return read
 
     # ---- cached inference ----
-    def prefix(self, segments: Sequence[Segment], suffix_tokens: int) -> Prefix:
-        """Run prefix segments once into a fresh cache with room for `suffix_tokens` more."""
+    def prefix(
+        self, segments: Sequence[Segment], suffix_tokens: int, selection: TokenSelection | None = None
+    ) -> Prefix:
+        """Run prefix segments once into a fresh cache with room for `suffix_tokens` more.
+
+        selection: which visual tokens to keep, or to score, on the way; see vla.models.pruning.
+        """
         valid = torch.cat([segment.valid for segment in segments], dim=1)
         mask = segment_mask([segment.span for segment in segments], valid)
         batch, length = valid.shape
+        positions, begin = positions_of(valid), valid.sum(dim=1)[:, None]
+        layers, kept = range(self.config.transformer.depth), None
         cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
-        self.transformer(
-            self._streams(0, torch.cat([segment.embeddings for segment in segments], dim=1)),
-            positions_of(valid), mask, cache, 0, fill_only=True,
-        )  # fmt: skip
+        streams = self._streams(0, torch.cat([segment.embeddings for segment in segments], dim=1))
+        if selection is not None:
+            first, layers = layers[: selection.layer], layers[selection.layer :]
+            x = self.transformer(streams, positions, mask, cache, 0, first)[0]
+            assert x is not None
+            places = self._visual_places(segments, valid.device)
+            kept = selection.choose(x, places, valid)
+            if selection.drop:
+                stay = selection.survivors(kept, places, length)
+                length = stay.shape[1]
+                cache = cache.picked(stay, len(first), suffix_tokens)
+                x = x.gather(1, stay[..., None].expand(-1, -1, x.shape[2]))
+                positions, valid = positions.gather(1, stay), valid.gather(1, stay)
+                mask = mask.gather(1, stay[..., None].expand(-1, -1, mask.shape[2]))
+                mask = mask.gather(2, stay[:, None].expand(-1, length, -1))
+            streams = self._streams(0, x)
+        self.transformer(streams, positions, mask, cache, 0, layers, fill_only=True)
         cache.advance(length)
         steps = torch.arange(suffix_tokens, device=valid.device)
         seen = torch.cat(
@@ -280,8 +308,16 @@ class Vla(nn.Module):
             ),
             dim=2,
         )
-        rotary = self.transformer.rotary(valid.sum(dim=1)[:, None] + steps)
-        return Prefix(cache, length, rotary, additive(seen, cache.keys.dtype))
+        return Prefix(cache, length, self.transformer.rotary(begin + steps), additive(seen, cache.keys.dtype), kept)
+
+    def _visual_places(self, segments: Sequence[Segment], device: torch.device) -> Tensor:
+        """Where the grid tokens of the images stand in a prefix, int64[N]."""
+        grids = {f"image:{camera.name}": camera.grid**2 for camera in self.config.cameras}
+        places, start = [], 0
+        for segment in segments:
+            places += range(start, start + grids.get(segment.kind, 0))
+            start += segment.embeddings.shape[1]
+        return torch.tensor(places, device=device)
 
     def extend(
         self, prefix: Prefix, expert: int, x: Tensor, at: int, both_ways: bool = False,

@@ -1,11 +1,15 @@
 """How each kind of head trains: its tokens as a branch of the sequence, and its losses from their hidden states.
 
 One pass serves all heads: branches see the prefix and not each other (see vla.models.masks).
+
+Consistency distillation (CEED-VLA, Song et al. 2025; CLLM, Kou et al. 2024) is a second branch of a token head, whose
+inputs are an unfinished iterate of its own Jacobi decoding: it learns to say there what it says behind the fixed point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,9 @@ from vla.models.vla import Segment, Vla
 from vla.training import objectives
 from vla.training.dataset import IGNORE
 
-# Hidden states of the branch after its exit layer (empty without one) and after the whole depth, to named losses; the
-# one called "loss" is trained, the others are for the eye.
-Read = Callable[[list[Tensor]], dict[str, Tensor]]
+# Hidden states of each of the head's branches, after its exit layer (absent without one) and after the whole depth, to
+# named losses; the one called "loss" is trained, the others are for the eye.
+Read = Callable[[list[list[Tensor]]], dict[str, Tensor]]
 
 
 def draw(seed: list[int], batch: int, horizon: int, action_dim: int) -> dict[str, np.ndarray]:
@@ -37,23 +41,26 @@ def draw(seed: list[int], batch: int, horizon: int, action_dim: int) -> dict[str
     }
 
 
-def branch(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[Segment, Read]:
-    """given: tokens {head: int64[B, K]}, chunk [B, T, A], and what `draw` made, as tensors."""
+def branches(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[list[Segment], Read]:
+    """given: tokens {head: int64[B, K]}, chunk [B, T, A], what `draw` made, and for heads that are distilled iterate
+    and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors."""
     module: Any = model.heads[head.name]
     if head.kind == "tokens":
         tokens = given["tokens"][head.name]
         segment = model.suffix_segment(head.name, module.embed(module.shift(tokens)), tokens != IGNORE)
-        return segment, lambda hidden: _token_losses(module, hidden, tokens)
+        if head.name in given.get("iterate", {}):
+            return _distilled(model, head, segment, given)
+        return [segment], lambda hidden: _token_losses(module, hidden[0], tokens)
     chunk, noise = given["chunk"], given["noise"]
     if head.kind == "flow":
         time = given["time"][:, None, None]
         noisy = time * noise + (1 - time) * chunk
         segment = model.suffix_segment(head.name, module.embed(noisy), rule=MaskRule.BLOCK)
-        return segment, lambda hidden: {"loss": objectives.mean_square(module.read(hidden[-1]), noise - chunk)}
+        return [segment], lambda hidden: {"loss": objectives.mean_square(module.read(hidden[0][-1]), noise - chunk)}
     if head.kind == "parallel":
         queries = module.queries[None].expand(len(chunk), -1, -1)
         segment = model.suffix_segment(head.name, queries, rule=MaskRule.BLOCK)
-        return segment, lambda hidden: {"loss": objectives.l1(module.read(hidden[-1]).flatten(1), chunk)}
+        return [segment], lambda hidden: {"loss": objectives.l1(module.read(hidden[0][-1]).flatten(1), chunk)}
     tokens = given["tokens"][head.name]
     step = (given["progress"] * head.noise_steps).long()
     lead = module.embed(objectives.noised(chunk, noise, step, head.noise_steps), step)
@@ -62,12 +69,33 @@ def branch(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[Segment
     segment = model.suffix_segment(head.name, torch.cat((lead, words.to(lead.dtype)), dim=1), valid)
     count = lead.shape[1]
 
-    def read(hidden: list[Tensor]) -> dict[str, Tensor]:
-        denoised = objectives.mean_square(module.noise(hidden[-1][:, 2 : count - 1]), noise)
-        spoken = _token_losses(module.tokens, [hidden[-1][:, count:]], tokens)
+    def read(hidden: list[list[Tensor]]) -> dict[str, Tensor]:
+        states = hidden[0][-1]
+        denoised = objectives.mean_square(module.noise(states[:, 2 : count - 1]), noise)
+        spoken = _token_losses(module.tokens, [states[:, count:]], tokens)
         return {**spoken, "noise": denoised, "loss": spoken["loss"] + denoised}
 
-    return segment, read
+    return [segment], read
+
+
+def _distilled(model: Vla, head: HeadConfig, segment: Segment, given: dict[str, Any]) -> tuple[list[Segment], Read]:
+    """`segment` holds the labels: the anchor that keeps greedy decoding what it is. Two more branches: the fixed point,
+    whose distributions are the target, and the iterate."""
+    module: Any = model.heads[head.name]
+    inputs = [given[key][head.name] for key in ("settled", "iterate")]
+    others = [
+        replace(model.suffix_segment(head.name, module.embed(module.shift(ids))), branch=f"{head.name}/{place}")
+        for place, ids in enumerate(inputs)
+    ]
+
+    def read(hidden: list[list[Tensor]]) -> dict[str, Tensor]:
+        out = _token_losses(module, hidden[0], given["tokens"][head.name])
+        target, guess = (module.logits(states[-1]) for states in hidden[1:])
+        out["consistency"] = objectives.divergence(target.detach(), guess)
+        out["loss"] = given["anchor"][head.name] * out["loss"] + given["consistency"][head.name] * out["consistency"]
+        return out
+
+    return [segment, *others], read
 
 
 def _token_losses(head: TokenHead, hidden: list[Tensor], tokens: Tensor) -> dict[str, Tensor]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vla.models.heads import signal_shares
 from vla.training.dataset import IGNORE
 
 
@@ -35,13 +34,10 @@ def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction.float(), target.float())
 
 
-def signal_shares(steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """float32[steps]: how much of the signal's variance is left after each diffusion step, the cosine schedule
-    (Nichol and Dhariwal 2021; "squaredcos_cap_v2" in diffusers)."""
-    edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
-    return torch.cumprod(1 - betas, dim=0).float().to(device)
+def divergence(target: Tensor, guess: Tensor) -> Tensor:
+    """Mean over tokens of KL(target || guess), both logits [B, K, V]."""
+    wanted = target.float().log_softmax(dim=-1)
+    return F.kl_div(guess.float().log_softmax(dim=-1), wanted, reduction="none", log_target=True).sum(dim=-1).mean()
 
 
 def noised(actions: Tensor, noise: Tensor, step: Tensor, steps: int) -> Tensor:

@@ -46,12 +46,28 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class DistillRecipe:
+    """Consistency distillation of a token head from itself as it is in `init` (CEED-VLA).
+
+    frames: how many training frames its Jacobi trajectories are collected on; the run sees no others. consistency,
+    anchor: weights of the two losses. tolerance: mixed labels, the teacher's tokens where its chunk is within this
+    mean absolute difference of the demonstration (normalised units), else the demonstration's; 0 for the
+    demonstration's only, infinity for the teacher's only.
+    """
+
+    frames: int = 8000
+    consistency: float = 1.0
+    anchor: float = 1.0
+    tolerance: float = 0.1
+
+
+@dataclass(frozen=True)
 class HeadRecipe:
     """One head. kind, lookahead, exit_layer, noise_steps: see HeadConfig. tokenizer: of its actions, for kinds that
     make tokens.
 
     width, mlp_width: of the expert that runs it, 0 for the backbone itself. condition_width: of the vector that
-    modulates that expert's norms (flow). weight: of its loss.
+    modulates that expert's norms (flow). weight: of its loss. distill: None for training from demonstrations alone.
     """
 
     kind: str
@@ -63,6 +79,7 @@ class HeadRecipe:
     exit_layer: int = 0
     noise_steps: int = 100
     weight: float = 1.0
+    distill: DistillRecipe | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class TrainConfig:
     for runs of more than half an hour). image_shift: random shift of training images in pixels.
     init: a bundle, folder or shipped name, whose backbone, text tokenizer and normalisation this run starts from, and
     those of its heads that are asked for here as they are there; "" for none. freeze: leave the backbone as it comes
-    from init and train heads only. stop_step: end the run there, on the schedule of `steps`; 0 for never.
+    from init and train heads only; those of init that are not asked for stay in the bundle as they are.
+    stop_step: end the run there, on the schedule of `steps`; 0 for never.
     look_steps: of a model with points, the first steps, which train only those, on the first frames of episodes: four
     times as fast, and from then on words point at objects. look_lr: learning rate of these steps.
     """
@@ -122,6 +140,13 @@ class TrainConfig:
             raise ConfigError(explain("train.precision", "fp32 or bf16", self.precision, "Choose one of them."))
         if not self.heads:
             raise ConfigError(explain("train.heads", "at least one", "none", "Choose some, as in head=[fast]."))
+        for name, head in self.heads.items():
+            if head.distill is not None and (head.kind != "tokens" or not self.init or not self.freeze):
+                raise ConfigError(
+                    explain(f"train.heads.{name}.distill", "a token head, init=BUNDLE and freeze=true",
+                            f"kind {head.kind}, init {self.init!r}, freeze {self.freeze}",
+                            "Distill a head that was trained before.")
+                )  # fmt: skip
         if self.freeze and not self.init:
             raise ConfigError(explain("train.freeze", "init=BUNDLE with it", "no init", "Say whose backbone stays."))
         for key in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):

@@ -49,11 +49,13 @@ def take_weights(model: Vla, source: Vla) -> list[str]:
     return taken
 
 
-def freeze_backbone(model: Vla) -> None:
-    """Leave only heads and their own experts to train."""
+def train_heads_only(model: Vla, names: list[str]) -> None:
+    """Leave nothing to train but these heads and their own experts."""
     model.requires_grad_(False)
-    model.heads.requires_grad_(True)
-    for index in range(1, len(model.config.transformer.experts)):
-        for layer in model.transformer.layers:
-            layer[index].requires_grad_(True)
-        model.transformer.final_norms[index].requires_grad_(True)
+    for name in names:
+        model.heads[name].requires_grad_(True)
+        index = model.config.head(name).expert
+        if index:
+            for layer in model.transformer.layers:
+                layer[index].requires_grad_(True)
+            model.transformer.final_norms[index].requires_grad_(True)

@@ -32,10 +32,11 @@ from vla.resources import bundle_path
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
 from vla.tokenizers.text import TextTokenizer
 from vla.training import objectives
-from vla.training.branches import branch, draw
+from vla.training.branches import branches, draw
 from vla.training.dataset import LOOKS, Batch, TrainingData, sample_frames
 from vla.training.recipes import TokenizerRecipe, TrainConfig, TrainReport
-from vla.training.start import freeze_backbone, take_weights
+from vla.training.start import take_weights, train_heads_only
+from vla.training.trajectories import Trajectories, collect
 
 Rollout = Callable[[Bundle, int], dict[str, float]]
 Log = Callable[[dict[str, Any]], None]
@@ -77,11 +78,12 @@ class Trainer:
             lambda done, total: self._log({"event": "frames", "done": done, "total": total}),
         )  # fmt: skip
         torch.manual_seed(config.seed)
-        self.model = Vla(self._model_config()).to(self.device)
+        self.model = Vla(self._model_config(start)).to(self.device)
         if start is not None:
             self.taken = take_weights(self.model, start.model)
         if config.freeze:
-            freeze_backbone(self.model)
+            train_heads_only(self.model, list(config.heads))
+        self.trajectories = self._collect_trajectories(start)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         decayed, rest = [p for p in self.trained if p.ndim > 1], [p for p in self.trained if p.ndim <= 1]
@@ -124,7 +126,8 @@ class Trainer:
         sample = frames[:: max(1, len(frames) // 100_000)]  # enough to learn merges from, and it bounds the memory
         return FastTokenizer.fit(self.data.chunks(sample), recipe.vocab_size, recipe.scale)
 
-    def _model_config(self) -> ModelConfig:
+    def _model_config(self, start: Bundle | None) -> ModelConfig:
+        """With a frozen backbone, heads of `start` that this run does not train stay in the bundle as they are."""
         recipe, embodiment = self.config.model, self.data.embodiment
         auxiliary = {}
         if recipe.keyframe_weight:
@@ -140,6 +143,13 @@ class Trainer:
                 HeadConfig(name, head.kind, len(experts) - 1 if head.width else 0, vocab, head.lookahead,
                            head.exit_layer, head.noise_steps)
             )  # fmt: skip
+        for other in start.config.heads if start is not None and self.config.freeze else ():
+            if other.name not in self.config.heads:
+                if other.expert:
+                    experts.append(start.config.transformer.experts[other.expert])
+                heads.append(replace(other, expert=len(experts) - 1 if other.expert else 0))
+                if other.vocab:
+                    self.tokenizers[other.name] = start.action_tokenizers[other.name]
         return ModelConfig(
             recipe.cameras, replace(recipe.transformer, experts=tuple(experts)), embodiment.state_dim,
             embodiment.action_dim, recipe.horizon,
@@ -161,6 +171,30 @@ class Trainer:
             self.text_tokenizer, (0,), training,
         )  # fmt: skip
 
+    def _collect_trajectories(self, start: Bundle | None) -> dict[str, Trajectories]:
+        """Of the heads that are distilled; training is cut to the frames they were collected on."""
+        out: dict[str, Trajectories] = {}
+        for name, head in self.config.heads.items():
+            if head.distill is None or start is None:
+                continue
+            if name not in self.taken or set(self.tokenizers[name].token_lengths.tolist()) != {1}:
+                raise ConfigError(
+                    explain(f"train.heads.{name}.distill", f"a head {name!r} of bins in init, of the same shape",
+                            ", ".join(f"{h.name} ({h.kind})" for h in start.config.heads), "Train that head first.")
+                )  # fmt: skip
+            frames = np.unique(self.data.train_frames)
+            most = min(head.distill.frames, len(frames))
+            frames = np.sort(np.random.default_rng(self.config.seed).choice(frames, most, replace=False))
+            self.data.train_frames = frames
+            val = self.data.val_frames[: self.config.batch_size * self.config.val_batches]
+            self.data.val_frames = val
+            out[name] = collect(
+                self.model.eval(), name, self.data, np.sort(np.concatenate((frames, val))), self.out,
+                start.fingerprint,
+                lambda done, total: self._log({"event": "trajectories", "done": done, "total": total}),
+            )  # fmt: skip
+        return out
+
     # ---- one step ----
     def learning_rate(self, step: int) -> float:
         config = self.config
@@ -177,9 +211,9 @@ class Trainer:
         config = self.config
         looking = self.step_number < self.look_steps
         pool = self.data.first_frames if looking else self.data.train_frames
-        batch = self.data.batch(sample_frames(config.seed, self.step_number, pool, config.batch_size))
+        frames = sample_frames(config.seed, self.step_number, pool, config.batch_size)
         self.model.train()
-        losses = (self._look_loss if looking else self._loss)(self.model, self._tensors(batch, self.step_number))
+        losses = (self._look_loss if looking else self._loss)(self.model, self._tensors(frames, self.step_number))
         objectives.finite(losses["loss"], self.step_number).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, config.clip)
         for group in self.optimizer.param_groups:
@@ -194,10 +228,12 @@ class Trainer:
                 torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
         return {**{name: value.detach() for name, value in losses.items()}, "gradient_norm": norm.detach()}
 
-    def _tensors(self, batch: Batch, step: int | None, validation: int = 0) -> dict[str, Any]:
-        """The batch and the random numbers of this step (None: of this validation batch) on the device."""
+    def _tensors(self, frames: np.ndarray, step: int | None, validation: int = 0) -> dict[str, Any]:
+        """The batch of these frames and the random numbers of this step (None: of this validation batch), on the
+        device."""
+        batch = self.data.batch(frames)
         seed = [self.config.seed, step, 2] if step is not None else [1234, validation]
-        plain = {**vars(batch), **draw(seed, *batch.chunk.shape)}
+        plain = {**vars(batch), **draw(seed, *batch.chunk.shape), **self._distillation(batch, frames, seed)}
         given = {
             name: {key: torch.from_numpy(item).to(self.device) for key, item in value.items()}
             if isinstance(value, dict)
@@ -207,6 +243,23 @@ class Trainer:
         if step is not None and self.config.image_shift:
             given["images"] = {name: self._shifted(value, step) for name, value in given["images"].items()}
         return given
+
+    def _distillation(self, batch: Batch, frames: np.ndarray, seed: list[int]) -> dict[str, Any]:
+        """What branches of distilled heads need; their labels in `batch` become the mixed ones."""
+        out: dict[str, dict[str, np.ndarray]] = {"iterate": {}, "settled": {}, "anchor": {}, "consistency": {}}
+        share = np.random.default_rng([*seed, 3]).random(len(frames))
+        for name, trajectories in self.trajectories.items():
+            recipe = self.config.heads[name].distill
+            assert recipe is not None
+            iterate, settled = trajectories.draw(frames, share)
+            out["iterate"][name], out["settled"][name] = iterate, settled
+            horizon, dims = batch.chunk.shape[1:]
+            said = np.stack([self.tokenizers[name].decode(row.tolist(), horizon, dims) for row in settled])
+            close = np.abs(said - batch.chunk).mean(axis=(1, 2)) < recipe.tolerance
+            batch.tokens[name] = np.where(close[:, None], settled, batch.tokens[name])
+            out["anchor"][name] = np.array(recipe.anchor, np.float32)
+            out["consistency"][name] = np.array(recipe.consistency, np.float32)
+        return out if self.trajectories else {}
 
     def _shifted(self, images: Tensor, step: int) -> Tensor:
         """Random shift by whole pixels, edges repeated (Kostrikov et al. 2020, DrQ); one shift per batch and step."""
@@ -218,13 +271,14 @@ class Trainer:
 
     def _losses(self, model: Vla, given: dict[str, Any]) -> dict[str, Tensor]:
         recipe = self.config.model
-        heads = sorted(model.config.heads, key=lambda head: head.expert)
+        trained = [head for head in model.config.heads if head.name in self.config.heads]
+        heads = sorted(trained, key=lambda head: head.expert)
         exits = sorted({head.exit_layer for head in heads if head.exit_layer})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
-            branches = [branch(model, head, given) for head in heads]
-            segments, readers = [segment for segment, _ in branches], [read for _, read in branches]
+            made = [branches(model, head, given) for head in heads]
+            segments = [segment for own, _ in made for segment in own]
             flows = [head.name for head in heads if head.kind == "flow"]
             condition = model.heads[flows[0]].condition(given["time"]) if flows else None
             read: dict[str, Tensor] = {}
@@ -238,9 +292,12 @@ class Trainer:
                     read["look"] = model.look(trunk[0].embeddings[:, -1])  # as look_ahead does
             out: dict[str, Tensor] = {}
             total = torch.zeros((), device=self.device)
-            for place, (head, losses_of) in enumerate(zip(heads, readers)):
-                early = [depths[exits.index(head.exit_layer)][place]] if head.exit_layer else []
-                losses = losses_of([*early, depths[-1][place]])
+            place = 0
+            for head, (own, losses_of) in zip(heads, made):
+                early = [depths[exits.index(head.exit_layer)]] if head.exit_layer else []
+                places = range(place, place + len(own))
+                losses = losses_of([[hidden[at] for hidden in (*early, depths[-1])] for at in places])
+                place += len(own)
                 total = total + self.config.heads[head.name].weight * losses["loss"]
                 out |= {head.name if name == "loss" else f"{head.name}_{name}": v for name, v in losses.items()}
         for name, target, weight in (
@@ -270,7 +327,7 @@ class Trainer:
         batches = min(self.config.val_batches, max(1, len(frames) // self.config.batch_size))
         for i in range(batches):
             chosen = sample_frames(1234, i, frames, min(self.config.batch_size, len(frames)))
-            for name, value in self._losses(model, self._tensors(self.data.batch(chosen), None, i)).items():
+            for name, value in self._losses(model, self._tensors(chosen, None, i)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) / batches
         return {f"val_{name}": value for name, value in sums.items()}
 

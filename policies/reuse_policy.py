@@ -1,0 +1,102 @@
+"""A policy that lets the last chunk stand where a rule says that a forward pass would say the same. numpy only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla.decoding.reuse import Forward, ReuseMemory, ReuseRule
+from vla.embodiment import Embodiment
+from vla.errors import ConfigError, explain
+from vla.policy import DecodeReport, InferContext, InferResult, Policy
+from vla.types import ActionChunk, Observation
+
+
+@dataclass
+class _Robot:
+    """One robot's memory. actions: of the chunk it was given last. instruction, confidence: of its last forward."""
+
+    memory: ReuseMemory
+    actions: np.ndarray
+    instruction: str
+    confidence: float
+
+
+class ReusePolicy:
+    """`policy`, skipped where `rule` allows it (see vla.decoding.reuse). Reports of skipped steps say why (`reused`).
+
+    A reused chunk is what is left of the chunk that is being executed, from the first action not executed when the
+    observation was taken: shorter than the horizon, nothing is invented behind its end. Its first action is due when
+    that of a new chunk would be.
+
+    The inner policy has to report important visual tokens: a VlaPolicy with a TokenSelection (one with drop=False only
+    scores). There is one memory per place in a batch. It counts only for the robot whose running chunk came from it:
+    with another chunk in the context, another instruction or none, the model runs. A skipped step checks state and
+    instruction and looks at no image.
+    """
+
+    def __init__(self, policy: Policy, rule: ReuseRule | None = None):
+        self.policy, self.rule = policy, rule or ReuseRule()
+        self._robots: dict[int, _Robot] = {}
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.policy.embodiment
+
+    @property
+    def horizon(self) -> int:
+        return self.policy.horizon
+
+    def reset(self, seed: int) -> None:
+        self._robots.clear()
+        self.policy.reset(seed)
+
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        """ConfigError when the inner policy reports no visual tokens; else as the inner policy."""
+        reused = [self._reused(*asked) for asked in enumerate(zip(observations, contexts))]
+        asked = [place for place, result in enumerate(reused) if result is None]
+        ran = self.policy.infer_batch([observations[i] for i in asked], [contexts[i] for i in asked]) if asked else []
+        for place, result in zip(asked, ran):
+            self._remember(place, observations[place].instruction, result)
+        results = iter(ran)
+        for place, result in enumerate(reused):
+            if result is not None:
+                self._robots[place].memory.reused()
+                self._robots[place].actions = result.chunk.actions
+        return [next(results) if result is None else result for result in reused]
+
+    def _reused(self, place: int, asked: tuple[Observation, InferContext]) -> InferResult | None:
+        started = time.perf_counter()
+        observation, context = asked
+        robot, previous = self._robots.get(place), context.previous
+        if robot is None:
+            return None
+        if (
+            previous is None
+            or not np.array_equal(previous.actions, robot.actions)
+            or observation.instruction != robot.instruction
+        ):
+            del self._robots[place]
+            return None
+        committed = 0 if context.committed is None else len(context.committed)
+        reason = robot.memory.reason(len(previous) - context.executed, committed)
+        if not reason:
+            return None
+        observation.check()
+        chunk = ActionChunk(
+            previous.actions[context.executed :].copy(), context.start_ns or observation.stamp_ns, previous.period_s
+        )
+        spent = {"preprocess": 0.0, "prefix": 0.0, "decode": 0.0, "total": (time.perf_counter() - started) * 1e3}
+        return InferResult(chunk, DecodeReport(confidence=robot.confidence, times_ms=spent, reused=reason))
+
+    def _remember(self, place: int, instruction: str, result: InferResult) -> None:
+        report = result.report
+        if report.kept_tokens is None:
+            remedy = "Give the policy a TokenSelection; with drop=False it scores them and drops none."
+            raise ConfigError(explain("reuse", "a policy that reports important visual tokens", "none", remedy))
+        memory = self._robots[place].memory if place in self._robots else ReuseMemory(self.rule)
+        memory.ran(Forward.of(result.chunk.actions, report.kept_tokens, self.embodiment))
+        self._robots[place] = _Robot(memory, result.chunk.actions, instruction, report.confidence)
