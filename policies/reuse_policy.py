@@ -59,8 +59,8 @@ class ReusePolicy:
         reused = [self._reused(*asked) for asked in enumerate(zip(observations, contexts))]
         asked = [place for place, result in enumerate(reused) if result is None]
         ran = self.policy.infer_batch([observations[i] for i in asked], [contexts[i] for i in asked]) if asked else []
-        for place, result in zip(asked, ran):
-            self._remember(place, observations[place].instruction, result)
+        for place, fresh in zip(asked, ran):
+            self._remember(place, observations[place].instruction, fresh)
         results = iter(ran)
         for place, result in enumerate(reused):
             if result is not None:

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from policies.vla_policy import VlaPolicy
 from sim.evaluate import EpisodeRecord, EvalConfig, Report, evaluate
@@ -178,10 +179,29 @@ def costs(
 
 def _flops(policy: VlaPolicy, decoder: Decoder, seen: Sequence[tuple[Observation, InferContext]]) -> float:
     policy.decoder = decoder
-    with _in_torch(), FlopCounterMode(display=False) as counter:
+    with _in_torch(), _Flops() as counter:
         for observation, context in seen:
             policy.infer_batch([observation], [context])
-    return counter.get_total_flops() / len(seen)
+    return counter.total / len(seen)
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up what torch's table says of each operation. (FlopCounterMode fails on parameters in inference mode.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # inference mode leaves composite operations whole
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    console = Console(stderr=args.json)
+    # In a file or a pipe lines may be as long as they are.
+    console = Console(stderr=args.json, width=None if sys.stdout.isatty() else 200)
     if args.observations < 10 or args.episodes < 0:
         raise ConfigError(explain("bench decode", "10 or more observations, 0 or more episodes", "less", "See --help."))
     results = measure(args, console)
@@ -154,7 +155,7 @@ def show(results: dict[str, Any], console: Any) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("decoder", "exact", "passes", "ms p50 / p95", "speed-up", "actions/s", "MFLOP", "equal", "rms",
                   "success", "paired, points"):  # fmt: skip
-        table.add_column(title, justify="left" if title == "decoder" else "right")
+        table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
     for row in results["rows"]:
         success, paired = "", ""
         if row["success_rate"] is not None:

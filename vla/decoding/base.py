@@ -40,10 +40,14 @@ class Grammar:
         self.lengths: list[int] = np.asarray(tokenizer.token_lengths).tolist()
         valid = valid_table(tokenizer, self.values)
         valid[0] = True
+        # Tokens of one length that divides the values always fit, until the chunk is complete: bins need no table.
+        self._free = len(set(self.lengths)) == 1 and bool(valid[:: self.lengths[0]].all())
         self.bias = torch.where(torch.from_numpy(valid), 0.0, -torch.inf).to(device)
 
     def constrain(self, logits: Tensor, remaining: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """logits [B, ..., V] and the values still to come before each -> float32, with -inf where nothing fits."""
+        if self._free:
+            return logits.float()
         if len(remaining) == 1 and isinstance(remaining[0], int):  # a view costs a fraction of an indexed copy
             return logits.float() + self.bias[remaining[0]]
         return logits.float() + self.bias[torch.tensor(remaining, device=self.bias.device)]

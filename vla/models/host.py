@@ -87,14 +87,23 @@ class HostSuffix:
 
         Normed hidden states float32[Q, D]. both_ways: the Q tokens see each other in both directions.
         """
+        w = self.weights
+        return self.finish(self.through(w.embedding[ids], first, start, range(len(w.layers)), both_ways))
+
+    def finish(self, x: np.ndarray) -> np.ndarray:
+        """The final norm, float32[Q, D]."""
+        return self._norm(x, self.weights.final_norm)
+
+    def through(self, x: np.ndarray, first: int, start: int, layers: range, both_ways: bool = False) -> np.ndarray:
+        """As `hidden`, from states float32[Q, D], through some consecutive layers, without the final norm."""
         w, c = self.weights, self.weights.config
-        count, end, turned = len(ids), start + len(ids), c.heads + c.kv_heads
+        count, end, turned = len(x), start + len(x), c.heads + c.kv_heads
         half, groups, scale = c.head_dim // 2, c.heads // c.kv_heads, np.float32(c.head_dim**-0.5)
         cos, sin = self._cos[first : first + count], self._sin[first : first + count]
         rows = slice(first + count - 1, first + count) if both_ways else slice(first, first + count)
         bias = self._bias[rows, :end]
-        x = w.embedding[ids]
-        for layer, kept_keys, kept_values in zip(w.layers, self._keys, self._values):
+        part = slice(layers.start, layers.stop)
+        for layer, kept_keys, kept_values in zip(w.layers[part], self._keys[part], self._values[part]):
             heads = (self._norm(x, layer.attention_norm) @ layer.qkv).reshape(count, -1, c.head_dim)
             straight = heads[:, :turned]
             rolled = np.concatenate((straight[:, :, half:], straight[:, :, :half]), axis=2)
@@ -114,7 +123,7 @@ class HostSuffix:
             hidden = self._norm(x, layer.mlp_norm) @ layer.gate_up
             width = hidden.shape[1] // 2
             x = x + (self._activate(hidden[:, :width]) * hidden[:, width:]) @ layer.down
-        return self._norm(x, w.final_norm)
+        return x
 
     def _norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         squares = np.einsum("qd,qd->q", x, x)[:, None]

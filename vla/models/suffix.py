@@ -82,6 +82,9 @@ class TokenSuffix:
     # ---- a part of the depth at a time, for early exits ----
     def through(self, x: Tensor, at: int, layers: range) -> Tensor:
         """Run x [B, Q, D], tokens number `at` and on, through some layers into the cache; lengths stay as they are."""
+        if self.host is not None and x.shape[1] <= MOST_TOKENS:
+            start = self._start + at
+            return torch.from_numpy(self.host.through(x[0].numpy(), start - self.prefix.length, start, layers))[None]
         return self.model.extend(self.prefix, self.expert, x, self.lead + at, layers=layers)
 
     def advance(self, count: int) -> None:
@@ -90,4 +93,6 @@ class TokenSuffix:
 
     def read(self, x: Tensor) -> Tensor:
         """Hidden states after any layer -> logits, by the one final norm and read-out: [B, Q, D] -> [B, Q, V]."""
+        if self.host is not None and x.shape[1] <= MOST_TOKENS:
+            return torch.from_numpy(self.host.read(self.host.finish(x[0].numpy())))[None]
         return self.head.logits(self.model.transformer.finish(self.expert, x))

@@ -313,7 +313,8 @@ class Vla(nn.Module):
     def _visual_places(self, segments: Sequence[Segment], device: torch.device) -> Tensor:
         """Where the grid tokens of the images stand in a prefix, int64[N]."""
         grids = {f"image:{camera.name}": camera.grid**2 for camera in self.config.cameras}
-        places, start = [], 0
+        places: list[int] = []
+        start = 0
         for segment in segments:
             places += range(start, start + grids.get(segment.kind, 0))
             start += segment.embeddings.shape[1]

@@ -1,0 +1,111 @@
+"""The decode benchmark: what it compares, how it counts, what it refuses."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from policies.vla_policy import VlaPolicy
+from sim import decode_benchmark as bench
+from sim.evaluate import EpisodeRecord, EvalConfig
+from vla.cli import main
+from vla.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_bundle) -> VlaPolicy:
+    return VlaPolicy.from_bundle(tiny_bundle, threads=1)
+
+
+def episode(seed: int, success: bool) -> EpisodeRecord:
+    return EpisodeRecord(seed, "push", "push", "push it", success, 10, None, None, 2, None, {}, 10, 0)
+
+
+def pairs(both: int, gained: int, lost: int, neither: int) -> bench.Paired:
+    mine = [True] * both + [True] * gained + [False] * lost + [False] * neither
+    theirs = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    return bench.Paired.of([episode(i, s) for i, s in enumerate(mine)], [episode(i, s) for i, s in enumerate(theirs)])
+
+
+def test_paired_differences_have_newcombes_interval() -> None:
+    """Newcombe (1998, Statistics in Medicine 17, 2635), method 10: 36, 12, 2, 0 of 50 gives 0.0569 to 0.3404."""
+    paired = pairs(36, 12, 2, 0)
+    assert paired.difference == pytest.approx(0.2)
+    assert paired.interval == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert paired.verdict == "better"
+    assert pairs(90, 3, 4, 3).verdict == "inconclusive"
+    assert pairs(50, 2, 40, 8).verdict == "worse"
+    low, high = pairs(100, 0, 0, 0).interval
+    assert low < 0 < high  # nothing differs, and 100 pairs cannot say that nothing would
+
+
+def test_pairs_need_the_same_seeds() -> None:
+    with pytest.raises(DataError, match="same seeds"):
+        bench.Paired.of([episode(1, True)], [episode(2, True)])
+
+
+def test_lines_that_a_bundle_cannot_serve_say_why(policy) -> None:
+    good, refused = bench.served(policy, bench.ENTRIES)
+    names = [entry.name for entry in good]
+    assert "greedy FAST" in names and "greedy bins" not in names
+    assert "Train one" in refused["flow, 10 steps"] and "bins" in refused["greedy bins"]
+    assert {entry.reference for entry in bench.ENTRIES if entry.reference} <= {e.name for e in bench.ENTRIES}
+
+
+def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
+    seen = bench.observations(policy, EvalConfig(episodes=1), 4)
+    assert seen[0][1].previous is None and seen[1][1].previous is not None  # contexts as in the loop
+    entries = [e for e in bench.ENTRIES if e.name in ("greedy FAST", "jacobi FAST, 4")]
+    ticks = []
+    costs = bench.costs(policy, entries, seen, lambda: ticks.append(1))
+    greedy, jacobi = (costs[e.name] for e in entries)
+    assert len(ticks) == 3 + 4 and len(greedy.ids) == len(jacobi.ids) == 4
+    assert greedy.ids == jacobi.ids
+    assert (greedy.passes == greedy.tokens).all() and (jacobi.passes <= greedy.passes).all()
+    assert jacobi.flops > greedy.flops > 1e6  # it looks at tokens that it throws away
+    row = bench.row(entries[1], jacobi, greedy, 8, None, None)
+    assert row["same_chunks"] == 1.0 and row["rms_to_reference"] == 0.0 and row["success_rate"] is None
+    assert set(row) >= {
+        "decoder", "config", "exact", "passes_per_chunk", "ms_per_chunk", "tokens_per_s", "actions_per_s", "refresh_hz",
+        "flops_per_chunk", "repaired", "n", "success_rate", "wilson_95", "paired_difference",
+    }  # fmt: skip
+    json.dumps(row)
+    curve = bench.cost_curve(policy, "fast", seen[0], repeats=2)
+    assert list(curve) == list(bench.CURVE) and all(ms > 0 for ms in curve.values())
+
+
+def test_flops_do_not_depend_on_where_a_pass_runs(policy) -> None:
+    """A one-token pass runs in numpy, where nothing counts: counting takes it to torch and back."""
+    seen = bench.observations(policy, EvalConfig(episodes=1), 1)
+    decoder = next(e for e in bench.ENTRIES if e.name == "greedy FAST").decoder()
+    first = bench._flops(policy, decoder, seen)
+    assert first == bench._flops(policy, decoder, seen)
+    with bench._in_torch():
+        policy.decoder = decoder
+        there = policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
+    assert there == policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
+
+
+def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> None:
+    entry = next(e for e in bench.ENTRIES if e.name == "anytime FAST")
+    config = replace(EvalConfig(), episodes=2, task="push")
+    counts: list[int] = []
+    report = bench.success(str(tiny_bundle), entry, config, tmp_path, 1, counts.append)
+    assert counts == [2] and [e.seed for e in report.episodes] == [config.seed, config.seed + 1]
+    again = bench.success(str(tiny_bundle), entry, config, tmp_path, 1, counts.append)
+    assert again.episodes == report.episodes
+    paired = bench.Paired.of(report.episodes, again.episodes)
+    assert (paired.gained, paired.lost) == (0, 0)
+
+
+def test_the_command_prints_and_writes(tiny_bundle, tmp_path, capsys) -> None:
+    arguments = ["bench", "decode", "--policy", str(tiny_bundle), "--observations", "10", "--out", str(tmp_path)]
+    assert main.main([*arguments, "--only", "jacobi FAST, 4"]) == 0
+    out = capsys.readouterr().out
+    assert "greedy FAST" in out and "jacobi FAST, 4" in out and "a pass over so many tokens" in out
+    results = json.loads((tmp_path / "decode.json").read_text())
+    assert [row["decoder"] for row in results["rows"]] == ["greedy FAST", "jacobi FAST, 4"]
+    assert results["bundle_hash"] and np.isfinite(results["rows"][0]["ms_per_chunk"]["p50"])
+    assert main.main([*arguments, "--only", "jacobbi"]) == 2
+    assert "Did you mean" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Anytime decoding of FAST tokens: when the time is up, what was decoded so far is a chunk.
+
+FAST (Pertsch et al., arXiv 2501.09747, section 4) writes the lowest frequencies first: all dimensions at frequency 0,
+then all at frequency 1, and so on. Its decode fills what is missing with zeros, so a list cut anywhere is a low-passed
+chunk: smooth, over the whole horizon. The transform is orthonormal, so the error of a cut is the energy of the
+coefficients cut off, and every further token makes it smaller or leaves it.
+
+What must be there is frequency 0, the mean of every dimension. A dimension without it would decode to 0 in normalised
+units, the middle of its range: an absolute target far from the arm, a gripper half open. So the deadline counts only
+from A decoded values on, which are A tokens at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, find_head
+from vla.errors import ConfigError, explain
+from vla.models.suffix import TokenSuffix
+from vla.tokenizers import ActionTokenizer, FastTokenizer
+
+clock = time.perf_counter
+
+
+class AnytimeDecoder(TokenDecoder):
+    """Greedy decoding of FAST tokens until all are there, or `deadline_ms` after the inference began.
+
+    No pass begins after the deadline once frequency 0 is complete: the answer comes at most one pass late. Samples of a
+    batch are answered together, so the first deadline among them ends all, as soon as all have frequency 0. The ids are
+    a prefix of greedy's; a cut list is not a damaged one, and missing values do not count as repaired.
+    Notes: "cut", values that were not decoded, all samples together.
+    """
+
+    exact = False
+
+    def __init__(self, deadline_ms: float = 50.0, head: str = ""):
+        super().__init__(head)
+        if not deadline_ms > 0:
+            raise ConfigError(explain("decoder.deadline_ms", "above 0", deadline_ms, "50 is one step at 20 Hz."))
+        self.deadline_ms = deadline_ms
+
+    def check(self, bundle: Bundle) -> None:
+        head = find_head(bundle, self.head, "tokens")
+        tokenizer = bundle.action_tokenizers[head]
+        if not isinstance(tokenizer, FastTokenizer):
+            got = f"{type(tokenizer).__name__}, whose first tokens are the first actions"
+            remedy = "Name a head with FAST tokens, or train one: vla train head=[...,fast]."
+            raise ConfigError(explain(f"tokenizer of {head}", "FAST, lowest frequencies first", got, remedy))
+
+    def hints(self, given: DecodeInput, head: str) -> list[Hint]:
+        return [Hint(seed, deadline=given.started + self.deadline_ms / 1e3) for seed in given.seeds]
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        deadline = min(hint.deadline for hint in hints)
+        enough = grammar.values - suffix.model.config.action_dim
+        ids: list[list[int]] = [[] for _ in hints]
+        remaining = [grammar.values] * len(hints)
+        token = torch.full((len(hints), 1), suffix.start_id, dtype=torch.long, device=suffix.device)
+        rows: list[Tensor] = []
+        while any(remaining) and (max(remaining) > enough or clock() < deadline):
+            logits = grammar.constrain(suffix.logits(token)[:, -1], remaining)
+            token = logits.argmax(dim=-1, keepdim=True)
+            rows.append(logits)
+            for sample, chosen in enumerate(token[:, 0].tolist()):
+                if remaining[sample]:
+                    ids[sample].append(chosen)
+                    remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen])
+        notes = {"cut": float(sum(remaining))}
+        return DecodedTokens(ids, len(rows), confidences(torch.stack(rows, dim=1), ids), notes)
+
+    def decode(self, given: DecodeInput) -> Decoded:
+        out = super().decode(given)
+        grammar = given.grammar(find_head(given.bundle, self.head, "tokens"))
+        missing = [grammar.before_each(grammar.values, ids)[-1] for ids in out.ids]
+        return replace(out, repaired=[repaired - cut for repaired, cut in zip(out.repaired, missing)])
+
+
+def prefix_errors(tokenizer: ActionTokenizer, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:
+    """What cutting a list costs: float32[len(ids)], entry i the rms difference, in normalised units, between the chunk
+    of the first i + 1 tokens and that of all. With FAST tokens it never grows, and it ends at 0."""
+    whole = tokenizer.decode(list(ids), horizon, action_dim)
+    chunks = [tokenizer.decode(list(ids[: count + 1]), horizon, action_dim) for count in range(len(ids))]
+    return np.array([np.sqrt(np.mean((chunk - whole) ** 2)) for chunk in chunks], np.float32)

@@ -1,0 +1,73 @@
+"""Blockwise parallel decoding: the head's own guesses of the tokens after the next are the draft.
+
+Stern et al., "Blockwise Parallel Decoding for Deep Autoregressive Models", NeurIPS 2018. Further read-outs of a hidden
+state (`TokenHead.guesses`) name the tokens that come after the next one. The pass that verifies them by the first
+read-out also gives the hidden state that the following guesses are read from, so a block costs one pass (section 4,
+"merged"), and what stands is greedy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, find_head
+from vla.decoding.speculative import Greedy, Proposal, allowed, speculate
+from vla.errors import ConfigError, explain
+from vla.models.suffix import TokenSuffix
+
+
+class BlockwiseDecoder(TokenDecoder):
+    """Exact greedy decoding. guesses: draft tokens per pass, at most; 0 for all that the head was trained to guess.
+
+    The first pass has no guess to verify. Notes: as SpeculativeDecoder's.
+    """
+
+    def __init__(self, guesses: int = 0, head: str = ""):
+        super().__init__(head)
+        if guesses < 0:
+            raise ConfigError(explain("decoder.guesses", "0 for all, or more", guesses, "Use 0."))
+        self.guesses = guesses
+
+    def check(self, bundle: Bundle) -> None:
+        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        if head.lookahead < max(1, self.guesses):
+            remedy = f"Train with heads.{head.name}.lookahead={max(3, self.guesses)}"
+            remedy += f", or set guesses={head.lookahead}." if head.lookahead else "."
+            expected = f"at least {max(1, self.guesses)} lookahead heads"
+            raise ConfigError(explain(f"heads.{head.name}.lookahead", expected, head.lookahead, remedy))
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        most = self.guesses or len(suffix.head.lookahead)
+        return speculate(suffix, grammar, Lookahead(suffix, grammar, most), Greedy(), most, len(hints))
+
+
+class Lookahead:
+    """Draft tokens read off the state that each sample's last token was decided from; see `speculative.Drafter`."""
+
+    drawn = False
+
+    def __init__(self, suffix: TokenSuffix, grammar: Grammar, most: int):
+        self.suffix, self.grammar, self.most, self.layers = suffix, grammar, most, 0
+        self._begin, self._states = 0, torch.empty(0)  # of the last pass: [B, Q, D], tokens number `_begin` and on
+
+    def propose(self, tokens: list[list[int]], left: list[int], counts: list[int]) -> list[Proposal]:
+        if not (self.layers and any(counts)):
+            return [Proposal() for _ in tokens]
+        width = self._states.shape[1]
+        # Every unfinished sample decided in the last pass; of a finished one any state will do.
+        places = [max(0, min(len(row) - 2 - self._begin, width - 1)) for row in tokens]
+        states = self._states[torch.arange(len(tokens)), places][:, None]
+        guesses = self.suffix.head.guesses(states)[:, 0, : self.most].argmax(dim=-1).tolist()
+        return [
+            Proposal(allowed(self.grammar, remaining, row[:count]))
+            for row, remaining, count in zip(guesses, left, counts)
+        ]
+
+    def verify(self, rows: Tensor) -> Tensor:
+        self.layers += self.suffix.depth
+        self._begin, self._states = self.suffix.length, self.suffix.hidden(rows)
+        return self.suffix.head.logits(self._states)

@@ -1,0 +1,47 @@
+"""Any tokens, FAST's above all, continued where the last chunk is: decoded greedily, then projected.
+
+FAST tokens cannot be forced as bins can: each coefficient is a sum over the whole chunk, so d given actions fix no
+token, only d linear combinations of the coefficients of each dimension, and a greedy choice that must land in that set
+after rounding and merging may not exist. But the transform is orthonormal: the chunk of that set whose coefficients lie
+nearest to the decoded ones is the decoded chunk with its first d actions replaced. What it does not give is a rest that
+was chosen knowing them, hence the soft mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.autoregressive import AutoregressiveDecoder
+from vla.decoding.base import Decoded, DecodeInput, find_head
+from vla.decoding.chunks import continued, goals
+
+
+class ContinuedDecoder:
+    """Greedy tokens; then the committed actions, to the last bit as normalised, come first.
+
+    blend: the actions behind them go over from the last chunk to the new one by RTC's soft mask; False leaves them as
+    decoded. head: name of the token head, "" for the first. The ids are greedy's, the actions are not, so not exact;
+    without a previous chunk they are. Notes: "moved", largest change of a committed action, normalised.
+    """
+
+    exact = False
+
+    def __init__(self, blend: bool = True, head: str = ""):
+        self.blend, self.head = blend, head
+
+    def check(self, bundle: Bundle) -> None:
+        find_head(bundle, self.head, "tokens")
+
+    def decode(self, given: DecodeInput) -> Decoded:
+        out = AutoregressiveDecoder(head=self.head).decode(given)
+        targets, masks, counts = goals(given)
+        masks = masks if self.blend else np.floor(masks)
+        grippers = given.bundle.embodiment.grippers
+        actions = np.stack([continued(*sample, grippers) for sample in zip(out.actions, targets, masks)])
+        moved = max(
+            float(np.abs(a[:count] - b[:count]).max(initial=0)) for a, b, count in zip(actions, out.actions, counts)
+        )
+        return replace(out, actions=actions, notes={**out.notes, "moved": moved})

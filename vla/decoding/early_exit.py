@@ -1,0 +1,294 @@
+"""Early exits: sure tokens go through the first layers only, and the deep ones catch up when a token is not sure.
+
+FREE (Bae et al., Fast and Robust Early-Exiting Framework, EMNLP 2023; "synchronized parallel decoding"): one exit,
+after a fixed layer. A token is sure when the two most probable tokens lie far apart there; it is emitted, and its
+hidden state waits. The first token that is not sure goes through the deep layers together with all that wait, in one
+batch. Every deep key and value is then what the whole model computes; nothing is copied from layer to layer.
+
+The threshold may be given, or estimated from how confidence and agreement with the whole model go together: a mixture
+of two Beta distributions, here `BetaMixture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+import numpy as np
+import torch
+from scipy.special import betaln, softmax
+from torch import Tensor
+
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, find_head, probabilities
+from vla.errors import ConfigError, explain
+from vla.models.heads import HeadConfig
+from vla.models.suffix import TokenSuffix
+from vla.models.vla import Prefix
+
+# (sample, confidence of each token since its last synchronisation, whether the whole model agrees with its exit)
+Observe = Callable[[int, Sequence[float], Sequence[bool]], None]
+
+
+class EarlyExitDecoder(TokenDecoder):
+    """Greedy, through `layer` layers where they are sure enough. layer: 0 for the one the head was trained to exit at.
+
+    threshold: a token exits when its two best probabilities, among valid tokens, differ by at least this much; 0 is the
+    shallow model, 1 the whole one, token by token. passes: tokens of the longest list, however deep they went. Notes:
+    "layers" that ran, a batch of waiting tokens counted once; "exits", share of the tokens that left early.
+    """
+
+    def __init__(self, layer: int = 0, threshold: float = 0.9, head: str = ""):
+        super().__init__(head)
+        if not 0 <= threshold <= 1:
+            raise ConfigError(explain("decoder.threshold", "0..1", threshold, "The paper uses 0.9; 1 never exits."))
+        self.layer, self.threshold = layer, threshold
+        self.exact = threshold == 1
+
+    def check(self, bundle: Bundle) -> None:
+        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        exit_of(head, bundle.config.transformer.depth, self.layer)
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        layer = exit_of(suffix.config, suffix.depth, self.layer)
+        return synchronised(suffix, grammar, layer, lambda sample: self.threshold)
+
+
+class AdaptiveEarlyExitDecoder(TokenDecoder):
+    """Early exits whose threshold follows the chunk that is being decoded.
+
+    The published estimator learns over all calls. A decoder keeps nothing, so here each sample's mixture starts anew
+    from the components given, Beta(low_alpha, low_beta) and Beta(high_alpha, high_beta), and learns from the
+    synchronisations of its own chunk, one step each; it corrects the start and does not replace it. Take the start from
+    `fit_mixture`; the default is the published one and knows nothing of the model. ratio: see `BetaMixture.threshold`.
+    Notes: those of EarlyExitDecoder, and "threshold" at the end, mean over the samples.
+    """
+
+    exact = False
+
+    def __init__(
+        self, layer: int = 0, low_alpha: float = 1.0, low_beta: float = 2.0, high_alpha: float = 2.0,
+        high_beta: float = 1.0, momentum: float = 0.95, ratio: float = 0.4, head: str = "",
+    ):  # fmt: skip
+        super().__init__(head)
+        self.layer, self.momentum, self.ratio = layer, momentum, ratio
+        self.low_alpha, self.low_beta, self.high_alpha, self.high_beta = low_alpha, low_beta, high_alpha, high_beta
+        if not 0 < ratio < 1:
+            raise ConfigError(explain("decoder.ratio", "between 0 and 1", ratio, "The paper uses 0.4."))
+        self._mixture()  # refuses the rest
+
+    def check(self, bundle: Bundle) -> None:
+        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        exit_of(head, bundle.config.transformer.depth, self.layer)
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        layer = exit_of(suffix.config, suffix.depth, self.layer)
+        mixtures = [self._mixture() for _ in hints]
+        thresholds = [mixture.threshold(self.ratio) for mixture in mixtures]
+
+        def observe(sample: int, confidence: Sequence[float], agreed: Sequence[bool]) -> None:
+            mixtures[sample].update(confidence, agreed)
+            thresholds[sample] = mixtures[sample].threshold(self.ratio)
+
+        out = synchronised(suffix, grammar, layer, thresholds.__getitem__, observe)
+        out.notes["threshold"] = fmean(thresholds)
+        return out
+
+    def _mixture(self) -> BetaMixture:
+        return BetaMixture((self.low_alpha, self.high_alpha), (self.low_beta, self.high_beta), self.momentum)
+
+
+def exit_of(head: HeadConfig, depth: int, layer: int, key: str = "decoder.layer") -> int:
+    """The layer to exit after: `layer`, or for 0 the head's own; ConfigError unless it lies in 1..depth - 1."""
+    if not (layer or head.exit_layer):
+        remedy = f"Train with heads.{head.name}.exit_layer=2, or name a layer."
+        raise ConfigError(explain(key, "a head that was trained to exit", f"{head.name!r}", remedy))
+    at = layer or head.exit_layer
+    if not 1 <= at < depth:
+        raise ConfigError(explain(key, f"1..{depth - 1}", at, "The exit lies inside the depth."))
+    return at
+
+
+def synchronised(
+    suffix: TokenSuffix, grammar: Grammar, layer: int, threshold: Callable[[int], float], observe: Observe | None = None
+) -> DecodedTokens:
+    """The loop of all early exits. threshold: of each sample, asked anew for every token.
+
+    observe: told what a sample's synchronisation shows, of all tokens since its last one. Samples of a batch share the
+    deep passes, so tokens of one may be filled sooner than they would be alone. Neither its tokens nor what is observed
+    of it change by that: a sure token stands, and observations wait for the sample's own turn.
+    """
+    samples = range(suffix.batch)
+    ids: list[list[int]] = [[] for _ in samples]
+    remaining = [grammar.values] * suffix.batch
+    token = torch.full((suffix.batch, 1), suffix.start_id, dtype=torch.long, device=suffix.device)
+    rows: list[Tensor] = []
+    waiting: list[tuple[Tensor, list[int], list[int]]] = []  # hidden [B, 1, D], its choices, values then to come
+    sure: list[list[float]] = [[] for _ in samples]
+    agreed: list[list[bool]] = [[] for _ in samples]
+    exits = layers = 0
+    while any(remaining):
+        x = suffix.through(suffix.head.embed(token), suffix.length + len(waiting), range(layer))
+        layers += layer
+        logits = grammar.constrain(suffix.read(x)[:, -1], remaining)
+        best = logits.softmax(dim=-1).topk(2).values
+        confidence = (best[:, 0] - best[:, 1]).tolist()
+        chosen = logits.argmax(dim=-1).tolist()
+        waiting.append((x, chosen, list(remaining)))
+        # A threshold of 1 is never reached, although a token without rival has a confidence of 1.
+        unsure = [s for s in samples if remaining[s] and not confidence[s] >= threshold(s) < 1]
+        for sample in samples:
+            sure[sample].append(confidence[sample])
+        if unsure:
+            states, guesses, before = zip(*waiting)
+            deep = suffix.through(torch.cat(states, dim=1), suffix.length, range(layer, suffix.depth))
+            layers += suffix.depth - layer
+            suffix.advance(len(waiting))
+            if observe is None:
+                whole = grammar.constrain(suffix.read(deep[:, -1:])[:, -1], remaining)
+            else:
+                every = grammar.constrain(suffix.read(deep), list(zip(*before)))
+                for place, row in enumerate(every.argmax(dim=-1).T.tolist()):
+                    for sample in samples:
+                        agreed[sample].append(row[sample] == guesses[place][sample])
+                for sample in unsure:
+                    observe(sample, sure[sample], agreed[sample])
+                    sure[sample], agreed[sample] = [], []
+                whole = every[:, -1]
+            waiting.clear()
+            picked = torch.tensor(unsure, device=suffix.device)
+            logits = logits.index_copy(0, picked, whole[picked])
+            chosen = logits.argmax(dim=-1).tolist()
+        rows.append(logits)
+        for sample in samples:
+            if remaining[sample]:
+                exits += sample not in unsure
+                ids[sample].append(chosen[sample])
+                remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen[sample]])
+        token = torch.tensor(chosen, device=suffix.device)[:, None]
+    likely = probabilities(torch.stack(rows, dim=1), ids)
+    notes = {"layers": float(layers), "exits": exits / sum(map(len, ids))}
+    return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], notes, likely)
+
+
+# ---- the threshold, from how confidence and agreement go together ----
+class BetaMixture:
+    """Two Beta distributions of confidence: of tokens the exit gets wrong (the lower mean), and of those it gets right.
+
+    alpha, beta: their parameters at the start, low then high. momentum: of what is known, against each update.
+
+    One update is a step of online EM (Cappé and Moulines 2009): what is averaged are the moments, not the parameters,
+    so that a single token is a valid update, and the parameters follow from mean and variance. The published code
+    overwrites the E-step by the labels, so its responsibilities are 0 or 1. Here the label is evidence beside the
+    confidence: a component is responsible for (x, label) by share * Beta(x) * P(label), with its own P(agree), which is
+    learned too; labels alone would be P = 0 and 1. A sure token that the deep layers overrule by chance can then belong
+    to the high component, as tokens like it do.
+    """
+
+    EDGE = 1e-4  # densities at 0 and 1 may be infinite
+    GRAIN = 1e-6  # of the start in every update: a component that explains nothing stays what it was
+
+    def __init__(self, alpha: Sequence[float] = (1.0, 2.0), beta: Sequence[float] = (2.0, 1.0), momentum: float = 0.95):
+        if len(alpha) != 2 or len(beta) != 2 or min(*alpha, *beta) <= 0:
+            got = f"{tuple(alpha)}, {tuple(beta)}"
+            raise ConfigError(explain("alpha, beta", "two numbers above 0 each", got, "Start at (1, 2), (2, 1)."))
+        if not 0 <= momentum < 1:
+            raise ConfigError(explain("momentum", "0 up to below 1", momentum, "The paper uses 0.95."))
+        self.momentum = momentum
+        a, b = np.array(alpha, float), np.array(beta, float)
+        mean = a / (a + b)
+        square = mean * (a + 1) / (a + b + 1)
+        # [4, 2]: of the responsibilities, and of them times x, x^2 and agreement
+        self._start = 0.5 * np.stack((np.ones(2), mean, square, [0.1, 0.9]))
+        self._moments = self._start.copy()
+
+    @property
+    def share(self) -> np.ndarray:
+        """Of each component, float64[2]."""
+        return self._moments[0] / self._moments[0].sum()
+
+    @property
+    def agreement(self) -> np.ndarray:
+        """P(agree) of each component, float64[2]."""
+        return self._moments[3] / self._moments[0]
+
+    @property
+    def parameters(self) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, beta), float64[2] each: those with the mean and variance that were seen."""
+        mean, square = self._moments[1] / self._moments[0], self._moments[2] / self._moments[0]
+        strength = mean * (1 - mean) / (square - mean**2) - 1
+        return mean * strength, (1 - mean) * strength
+
+    def log_density(self, x: np.ndarray) -> np.ndarray:
+        """Of each component at x, float64[n] in 0..1 -> float64[n, 2]"""
+        alpha, beta = self.parameters
+        x = np.clip(np.asarray(x, float), self.EDGE, 1 - self.EDGE)[:, None]
+        return (alpha - 1) * np.log(x) + (beta - 1) * np.log1p(-x) - betaln(alpha, beta)
+
+    def update(self, confidences: Sequence[float], agreed: Sequence[bool]) -> None:
+        """One step of EM on what one synchronisation (or more) showed; both of one length, at least 1."""
+        x, right = np.clip(np.asarray(confidences, float), self.EDGE, 1 - self.EDGE), np.asarray(agreed, bool)
+        agreement = np.clip(self.agreement, self.EDGE, 1 - self.EDGE)
+        label = np.log(np.where(right[:, None], agreement, 1 - agreement))
+        responsible = softmax(np.log(self.share) + self.log_density(x) + label, axis=1)
+        seen = np.stack((np.ones_like(x), x, x**2, right)) @ responsible / len(x)
+        self._moments = self.momentum * self._moments + (1 - self.momentum) * (seen + self.GRAIN * self._start)
+
+    def threshold(self, ratio: float = 0.4) -> float:
+        """The confidence to exit from: the smallest of 0, 0.1, ..., 0.9 from which on, up to 0.9, the high component
+        has more than `ratio` of the two densities; 1, never, where there is none.
+
+        The paper takes the smallest such point. That is another one only where the ratio falls again with confidence,
+        as at the left end of a wide high component: exits among the least sure tokens are not what is wanted.
+        """
+        grid = np.arange(10) / 10
+        high = int(np.argmax(self._moments[1] / self._moments[0]))
+        above = softmax(self.log_density(grid), axis=1)[:, high] > ratio + 1e-9
+        count = int(np.argmin(above[::-1])) if not above.all() else len(grid)
+        return float(grid[len(grid) - count]) if count else 1.0
+
+
+def measure(suffix: TokenSuffix, grammar: Grammar, layer: int) -> tuple[list[float], list[bool]]:
+    """Decode through the whole depth; of every token, how sure the exit was and whether it would have said the same."""
+    confidences: list[float] = []
+    agreed: list[bool] = []
+
+    def observe(sample: int, confidence: Sequence[float], same: Sequence[bool]) -> None:
+        confidences.extend(confidence)
+        agreed.extend(same)
+
+    synchronised(suffix, grammar, layer, lambda sample: 1.0, observe)
+    return confidences, agreed
+
+
+@torch.inference_mode()
+def fit_mixture(
+    bundle: Bundle, prefixes: Iterable[Prefix], layer: int = 0, head: str = "", rounds: int = 200
+) -> BetaMixture:
+    """The mixture of a head's tokens behind some prefixes, decoded through the whole depth, tens of chunks or more.
+
+    rounds: of EM over all tokens together; of the start, 0.95 ** 200 is left. layer, head: as EarlyExitDecoder's.
+    """
+    EarlyExitDecoder(layer, head=head).check(bundle)
+    name, config = find_head(bundle, head, "tokens"), bundle.config
+    confidences: list[float] = []
+    agreed: list[bool] = []
+    grammar = None
+    for prefix in prefixes:
+        suffix = TokenSuffix(bundle.model, prefix, name)
+        grammar = grammar or Grammar(bundle.action_tokenizers[name], config.horizon, config.action_dim, prefix.device)
+        more = measure(suffix, grammar, exit_of(suffix.config, suffix.depth, layer))
+        suffix.truncate(0)
+        confidences += more[0]
+        agreed += more[1]
+    if not confidences:
+        raise ConfigError(explain("prefixes", "at least one", "none", "Give prefixes of validation frames."))
+    mixture = BetaMixture()
+    for _ in range(rounds):
+        mixture.update(confidences, agreed)
+    return mixture
+
+
+def calibrate(bundle: Bundle, prefixes: Iterable[Prefix], layer: int = 0, head: str = "", ratio: float = 0.4) -> float:
+    """The threshold for EarlyExitDecoder that `fit_mixture` finds behind these prefixes."""
+    return fit_mixture(bundle, prefixes, layer, head).threshold(ratio)

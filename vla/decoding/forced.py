@@ -1,0 +1,74 @@
+"""Bin tokens behind a forced prefix: the actions that are executed meanwhile come first, and only the rest is decoded.
+
+With one token per value, in the order of the actions, a chunk that begins with given actions is a token list that
+begins with given tokens. What follows is then chosen behind what really happens, which a chunk decoded from scratch
+knows nothing of, and the forced tokens cost one pass together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, find_head, probabilities
+from vla.errors import ConfigError, explain
+from vla.models.suffix import TokenSuffix
+from vla.tokenizers import BinTokenizer
+
+
+class ForcedPrefixDecoder(TokenDecoder):
+    """Greedy decoding under the constraint that the context's committed actions come first; greedy without any.
+
+    Not exact where actions are committed: it gives what greedy decoding gives behind those tokens, token by token. The
+    committed actions come back as their bins, half a bin off at most inside [-1, 1]. The draft of its hints is binding.
+    Confidence: of the tokens that were chosen, 1.0 if none was. Notes: "forced", forced tokens, mean over the samples.
+    """
+
+    exact = False
+
+    def check(self, bundle: Bundle) -> None:
+        head = find_head(bundle, self.head, "tokens")
+        tokenizer = bundle.action_tokenizers[head]
+        if not isinstance(tokenizer, BinTokenizer):
+            got = f"{type(tokenizer).__name__}, of which each token says something of all actions"
+            remedy = "Use decoder=continued, or train a head with tokenizer.kind=bins."
+            raise ConfigError(explain(f"tokenizer of {head}", "one token per value", got, remedy))
+
+    def hints(self, given: DecodeInput, head: str) -> list[Hint]:
+        normalizer, tokenizer = given.bundle.action_normalizer, given.bundle.action_tokenizers[head]
+        horizon = given.bundle.config.horizon
+        return [
+            Hint(seed)
+            if context.committed is None or not len(context.committed)
+            else Hint(seed, tuple(tokenizer.encode(normalizer.normalize(context.committed[:horizon]))))
+            for seed, context in zip(given.seeds, given.contexts)
+        ]
+
+    def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
+        forced = [hint.draft for hint in hints]
+        common = min(len(draft) for draft in forced)  # the cache has one length: what all have forced goes in at once
+        ids = [list(draft[:common]) for draft in forced]
+        remaining = [grammar.before_each(grammar.values, row)[-1] for row in ids]
+        given = torch.tensor([[suffix.start_id, *row] for row in ids], device=suffix.device)
+        rows: list[Tensor] = []
+        while any(remaining):
+            logits = grammar.constrain(suffix.logits(given)[:, -1], remaining)
+            rows.append(logits)
+            tokens = logits.argmax(dim=-1).tolist()
+            for sample, draft in enumerate(forced):
+                if len(ids[sample]) < len(draft):
+                    tokens[sample] = draft[len(ids[sample])]
+                if remaining[sample]:
+                    ids[sample].append(tokens[sample])
+                    remaining[sample] = max(0, remaining[sample] - grammar.lengths[tokens[sample]])
+            given = torch.tensor(tokens, device=suffix.device)[:, None]
+        confidence = [1.0] * len(ids)
+        if rows:
+            sure = probabilities(torch.stack(rows, dim=1), [row[common:] for row in ids])
+            chosen = [row[len(draft) - common :] for row, draft in zip(sure, forced)]
+            confidence = [fmean(row) if row else 1.0 for row in chosen]
+        return DecodedTokens(ids, len(rows), confidence, {"forced": fmean(map(len, forced))})
