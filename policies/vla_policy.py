@@ -116,7 +116,7 @@ class VlaPolicy:
             }
             ids, repaired, confidence = decoded.at(sample)
             visual = None if kept is None else kept[sample]
-            report = DecodeReport(ids, decoded.passes, repaired, confidence, visual, times)
+            report = DecodeReport(ids, decoded.passes, repaired, confidence, visual, times, decoded.notes)
             results.append(InferResult(chunk, report))
         return results
 

@@ -40,6 +40,7 @@ class DecodeReport:
     kept_tokens: places in the prefix of the visual tokens that were kept, or scored as worth it; None when nobody
     chose among them.
     times_ms: {"preprocess", "prefix", "decode", "total"}, milliseconds.
+    notes: further numbers that a decoder tells, such as the layers it ran.
     reused: the reason why the last chunk stood instead of a forward pass, "" for a real forward.
     """
 
@@ -49,6 +50,7 @@ class DecodeReport:
     confidence: float = 1.0
     kept_tokens: np.ndarray | None = None
     times_ms: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
     reused: str = ""
 
 

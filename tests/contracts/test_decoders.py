@@ -7,13 +7,23 @@ import torch
 from tests.models.test_vla import inputs, make
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
+from vla.decoding.blockwise import BlockwiseDecoder
+from vla.decoding.early_exit import EarlyExitDecoder
 from vla.decoding.jacobi import JacobiDecoder
+from vla.decoding.speculative import SpeculativeDecoder
 from vla.errors import ConfigError
 from vla.models.heads import HeadConfig
 from vla.models.suffix import TokenSuffix
 from vla.tokenizers import BinTokenizer, FastTokenizer
 
-EXACT = {f"jacobi-{window}": JacobiDecoder(window) for window in (1, 2, 5, 16, 64)}
+JACOBI = {f"jacobi-{window}": JacobiDecoder(window) for window in (1, 2, 5, 16, 64)}
+EXACT = {
+    **JACOBI,
+    "speculative-previous": SpeculativeDecoder("previous", 3),
+    "speculative-shallow": SpeculativeDecoder("shallow", 3),
+    "blockwise": BlockwiseDecoder(),
+    "early-exit-1": EarlyExitDecoder(threshold=1.0),
+}
 
 
 def tokenizer_of(kind: str):
@@ -25,7 +35,7 @@ def tokenizer_of(kind: str):
 
 def model_of(tokenizer, seed: int):
     """A random model with opinions: weights large enough that tokens differ and depend on those before."""
-    model = make(horizon=8, heads=(HeadConfig("words", "tokens", 1, tokenizer.vocab_size),))
+    model = make(horizon=8, heads=(HeadConfig("words", "tokens", 1, tokenizer.vocab_size, lookahead=2, exit_layer=1),))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight, std in (
@@ -74,18 +84,19 @@ def test_it_equals_greedy_on_200_prompts(name, setting) -> None:
         longest = max(map(len, fast.ids))
         assert fast.passes <= longest
         assert longest <= suffix.length  # a batch ends with its slowest sample
+        assert EXACT[name].exact
         different.add(tuple(map(tuple, fast.ids)))
     assert len(different) > 50  # the prompts matter: equality is not that of constants
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", JACOBI)
 def test_what_does_not_depend_on_the_tokens_before_takes_no_second_look(name) -> None:
     """A model that ignores the action tokens: the second pass over a window finds it right."""
     tokenizer = tokenizer_of("bins")
     model, grammar = model_of(tokenizer, 0), Grammar(tokenizer, 8, 2)
     with torch.no_grad():
         model.heads["words"].embedding.weight.zero_()
-    decoder, count = EXACT[name], grammar.values
+    decoder, count = JACOBI[name], grammar.values
     decoded, suffix = decode(decoder, model, grammar, prompt(0, 1))
     greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompt(0, 1))
     assert decoded.ids == greedy.ids and suffix.length == count

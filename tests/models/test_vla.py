@@ -232,6 +232,22 @@ def test_every_head_behind_the_cache_equals_the_joint_training_pass(batch: int) 
 
 
 @torch.inference_mode()
+def test_a_model_in_bf16_runs_every_head() -> None:
+    model, args = several().to(torch.bfloat16), inputs(1)
+    prefix = model.prefix(model.prefix_segments(*args), model.config.suffix_room)
+    noisy = torch.randn(1, 4, 2)
+    suffix = TokenSuffix(model, prefix, "words")
+    assert suffix.host is None  # numpy knows no bf16
+    for out in (
+        suffix.logits(torch.zeros(1, 2, dtype=torch.long)),
+        model.velocity(prefix, "flow", noisy.bfloat16(), torch.rand(1)),
+        model.parallel_actions(prefix, "once"),
+        model.noise(prefix, "both", noisy, torch.tensor([3])),
+    ):
+        assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+@torch.inference_mode()
 def test_labels_do_not_leak_into_the_denoiser() -> None:
     """The tokens behind the noisy actions may change as they like: the predicted noise stays."""
     model, args = several(), inputs()

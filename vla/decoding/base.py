@@ -178,6 +178,7 @@ class TokenDecoder(ABC):
         head = find_head(given.bundle, self.head, "tokens")
         suffix = TokenSuffix(given.bundle.model, given.prefix, head)
         out = self.generate(suffix, given.grammar(head), self.hints(given, head))
+        suffix.truncate(0)  # another decoder may use the prefix next
         return detokenized(given.bundle, head, out)
 
 

@@ -135,7 +135,7 @@ class TextSummary(nn.Module):
         self.mix = nn.Sequential(nn.Linear(queries * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, words: Tensor, valid: Tensor) -> Tensor:
-        words = F.rms_norm(words.float(), words.shape[-1:]) + self.places
+        words = F.rms_norm(words.float(), words.shape[-1:]).to(self.places.dtype) + self.places
         scores = torch.einsum("bld,qd->bql", words, self.queries).masked_fill(~valid[:, None], -torch.inf)
         return self.mix((scores.softmax(dim=-1) @ words).flatten(1))
 
