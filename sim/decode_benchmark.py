@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from policies.reuse_policy import ReusePolicy
 from policies.vla_policy import VlaPolicy
 from sim.evaluate import EpisodeRecord, EvalConfig, Report, evaluate
 from vla import configs
@@ -32,7 +33,7 @@ from vla.decoding.base import Decoded, DecodeInput, Decoder
 from vla.errors import ConfigError, DataError
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Vla
-from vla.policy import InferContext, InferResult
+from vla.policy import InferContext, InferResult, Policy
 from vla.runtime.summary import percentiles, wilson_95
 from vla.types import Observation
 
@@ -45,17 +46,39 @@ _Z95 = 1.959963984540054
 class Entry:
     """One line of the benchmark. name: as printed. config: name in configs/decoder. options: key=value.
 
-    reference: name of the entry that this one is compared with, "" for a reference itself.
+    reference: name of the entry that this one is compared with, "" for a reference itself. pruning, reuse: names in
+    configs/pruning and configs/reuse, "" for none.
     """
 
     name: str
     config: str
     options: tuple[str, ...] = ()
     reference: str = ""
+    pruning: str = ""
+    reuse: str = ""
 
     def decoder(self) -> Decoder:
         made: Decoder = configs.load("decoder", self.config, self.options)
         return made
+
+    def selection(self) -> Any:
+        return configs.load("pruning", self.pruning) if self.pruning else None
+
+    @property
+    def exact(self) -> bool:
+        return self.decoder().exact and not self.pruning and not self.reuse
+
+    def policy(self, policy: VlaPolicy) -> Policy:
+        """`policy` set to this entry, behind the reuse rule if there is one."""
+        policy.decoder, policy.selection = self.decoder(), self.selection()
+        return ReusePolicy(policy, configs.load("reuse", self.reuse)) if self.reuse else policy
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **describe(self.decoder()),
+            "pruning": describe(self.selection()) if self.pruning else None,
+            "reuse": describe(configs.load("reuse", self.reuse)) if self.reuse else None,
+        }
 
 
 # Every decoder on the form it was published for, and the heads side by side.
@@ -71,10 +94,16 @@ ENTRIES = (
     Entry("blockwise bins", "blockwise", ("head=bins",), "greedy bins"),
     Entry("relaxed bins", "relaxed", ("head=bins",), "greedy bins"),
     Entry("early exit bins", "early_exit", ("head=bins",), "greedy bins"),
+    Entry("capped bins, 8 passes", "capped", ("head=bins",), "greedy bins"),
+    Entry("capped bins, 2 passes per 16", "capped", ("head=bins", "passes=2", "window=16"), "greedy bins"),
+    Entry("bidirectional bins", "jacobi_bidirectional", ("head=bins",), "greedy bins"),
     Entry("greedy FAST", "autoregressive", ("head=fast",)),
     Entry("jacobi FAST, 4", "jacobi", ("head=fast", "window=4"), "greedy FAST"),
     Entry("speculative FAST, previous chunk", "speculative", ("head=fast",), "greedy FAST"),
     Entry("anytime FAST", "anytime", ("head=fast",), "greedy FAST"),
+    Entry("pruned FAST", "autoregressive", ("head=fast",), "greedy FAST", "flashvla"),
+    Entry("reused FAST", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla"),
+    Entry("pruned and reused FAST", "autoregressive", ("head=fast",), "greedy FAST", "flashvla", "flashvla"),
     Entry("flow, 10 steps", "flow", (), "greedy bins"),
     Entry("flow, 4 steps", "flow", ("steps=4",), "greedy bins"),
     Entry("diffusion, 4 steps", "diffusion", (), "greedy bins"),
@@ -90,6 +119,8 @@ def served(policy: VlaPolicy, entries: Sequence[Entry]) -> tuple[list[Entry], di
     for entry in entries:
         try:
             entry.decoder().check(policy.bundle)
+            if entry.pruning:
+                entry.selection().check(policy.bundle.config)
             good.append(entry)
         except ConfigError as error:
             refused[entry.name] = str(error)
@@ -113,12 +144,13 @@ class Cost:
 
 
 class Recording:
-    """A policy that keeps what it was shown."""
+    """A policy that keeps what it was shown, up to `most` times, and counts which inferences ran no model."""
 
-    def __init__(self, policy: VlaPolicy, most: int):
+    def __init__(self, policy: Policy, most: int = 0):
         self._policy, self._most = policy, most
         self.embodiment, self.horizon = policy.embodiment, policy.horizon
         self.seen: list[tuple[Observation, InferContext]] = []
+        self.inferences = self.reused = 0
 
     def reset(self, seed: int) -> None:
         self._policy.reset(seed)
@@ -126,7 +158,10 @@ class Recording:
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         if len(self.seen) < self._most:
             self.seen += zip(observations, contexts)
-        return self._policy.infer_batch(observations, contexts)
+        results = self._policy.infer_batch(observations, contexts)
+        self.inferences += len(results)
+        self.reused += sum(bool(result.report.reused) for result in results)
+        return results
 
 
 def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> list[tuple[Observation, InferContext]]:
@@ -147,21 +182,23 @@ def costs(
     seen: Sequence[tuple[Observation, InferContext]],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Cost]:
-    """Every entry on every observation. The first observations, which warm up, are run twice and counted once."""
-    decoders = {entry.name: entry.decoder() for entry in entries}
+    """Every entry on every observation. The first observations, which warm up, are run twice and counted once.
+
+    Of entries that reuse chunks this is the cost of a real forward; how many there are only episodes can tell.
+    """
     rows: dict[str, list[tuple[InferResult, np.ndarray]]] = {entry.name: [] for entry in entries}
-    kept = policy.decoder
+    kept = policy.decoder, policy.selection
     try:
         for index, (observation, context) in enumerate([*seen[:3], *seen]):
-            for name, decoder in decoders.items():
-                policy.decoder = decoder
+            for entry in entries:
+                entry.policy(policy)
                 result = policy.infer_batch([observation], [context])[0]
                 if index >= 3:
-                    rows[name].append((result, policy.bundle.action_normalizer.normalize(result.chunk.actions)))
+                    rows[entry.name].append((result, policy.bundle.action_normalizer.normalize(result.chunk.actions)))
             tick()
-        flops = {name: _flops(policy, decoder, seen[:_FLOP_CHUNKS]) for name, decoder in decoders.items()}
+        flops = {entry.name: _flops(policy, entry, seen[:_FLOP_CHUNKS]) for entry in entries}
     finally:
-        policy.decoder = kept
+        policy.decoder, policy.selection = kept
     return {
         name: Cost(
             np.array([r.report.times_ms["total"] for r, _ in results]),
@@ -177,8 +214,8 @@ def costs(
     }
 
 
-def _flops(policy: VlaPolicy, decoder: Decoder, seen: Sequence[tuple[Observation, InferContext]]) -> float:
-    policy.decoder = decoder
+def _flops(policy: VlaPolicy, entry: Entry, seen: Sequence[tuple[Observation, InferContext]]) -> float:
+    entry.policy(policy)
     with _in_torch(), _Flops() as counter:
         for observation, context in seen:
             policy.infer_batch([observation], [context])
@@ -243,6 +280,17 @@ class _Passes:
         return Decoded(np.zeros((given.batch, config.horizon, config.action_dim), np.float32), 0)
 
 
+def reuse_share(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: int = 20) -> float:
+    """Share of inferences that run no model, in episodes: a reuse changes what comes after it."""
+    kept = policy.decoder, policy.selection
+    recording = Recording(entry.policy(policy))
+    try:
+        evaluate(recording, replace(config, episodes=episodes, out=""))
+    finally:
+        policy.decoder, policy.selection = kept
+    return recording.reused / max(1, recording.inferences)
+
+
 def cost_curve(
     policy: VlaPolicy, head: str, seen: tuple[Observation, InferContext], repeats: int = 30
 ) -> dict[int, float]:
@@ -277,9 +325,12 @@ def success(
 
 
 def _part(bundle: str, entry: Entry, config: EvalConfig) -> Report:
-    policy = VlaPolicy.from_bundle(bundle, entry.decoder(), device=config.device, threads=1)
+    inner = VlaPolicy.from_bundle(bundle, device=config.device, threads=1)
+    policy = entry.policy(inner)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    return evaluate(policy, replace(config, decoder=policy.decoder), policy_id=policy.bundle.fingerprint)
+    rule = policy.rule if isinstance(policy, ReusePolicy) else None
+    told = replace(config, decoder=inner.decoder, pruning=inner.selection, reuse=rule)
+    return evaluate(policy, told, policy_id=inner.bundle.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -342,29 +393,39 @@ class Paired:
 
 # ---- rows ----
 def row(
-    entry: Entry, cost: Cost, reference: Cost, execute: int, report: Report | None, base: Report | None
+    entry: Entry,
+    cost: Cost,
+    reference: Cost,
+    execute: int,
+    report: Report | None,
+    base: Report | None,
+    reused: float = 0.0,
 ) -> dict[str, Any]:
-    """One line of the results as plain data. report: this decoder's episodes, base: those of its reference."""
-    decoder = entry.decoder()
-    own = report if report is not None else base if decoder.exact else None
-    seconds = cost.total_ms.mean() / 1e3
+    """One line of the results as plain data. report: this decoder's episodes, base: those of its reference.
+
+    reused: share of inferences that ran no model; they count as taking no time.
+    """
+    own = report if report is not None else base if entry.exact else None
+    runs = 1.0 - reused
+    seconds = cost.total_ms.mean() / 1e3 * runs
     same = [a == b for a, b in zip(cost.ids, reference.ids)] if any(cost.ids) else []
     spoken = cost.tokens.any()
     error = [float(np.sqrt(np.mean((a - b) ** 2))) for a, b in zip(cost.actions, reference.actions)]
     return {
         "decoder": entry.name,
-        "config": describe(decoder),
-        "exact": decoder.exact,
-        "passes_per_chunk": round(float(cost.passes.mean()), 3),
+        "config": entry.describe(),
+        "exact": entry.exact,
+        "passes_per_chunk": round(float(cost.passes.mean()) * runs, 3),
         "ms_per_chunk": percentiles(cost.total_ms, (50, 95)),
         "decode_ms": percentiles(cost.decode_ms, (50, 95)),
         "tokens_per_s": round(float(cost.tokens.sum() / (cost.decode_ms.sum() / 1e3)), 1) if spoken else None,
         "actions_per_s": round(execute / seconds, 1),
         "refresh_hz": round(1 / seconds, 2),
-        "flops_per_chunk": round(cost.flops),
+        "flops_per_chunk": round(cost.flops * runs),
         "repaired": cost.repaired,
+        "reused": round(reused, 4),
         "reference": entry.reference or entry.name,
-        "speedup": round(float(reference.total_ms.mean() / cost.total_ms.mean()), 3),
+        "speedup": round(float(reference.total_ms.mean() / (cost.total_ms.mean() * runs)), 3),
         "same_chunks": round(float(np.mean(same)), 4) if same else None,
         "rms_to_reference": round(float(np.mean(error)), 5),
         "n": len(own.episodes) if own else 0,
@@ -374,4 +435,4 @@ def row(
         "paired_difference": Paired.of(report.episodes, base.episodes).to_dict()
         if report is not None and base is not None and entry.reference
         else None,
-    }  # fmt: skip
+    }

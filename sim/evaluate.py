@@ -223,11 +223,14 @@ def evaluate(
 ) -> Report:
     """Run the episodes that the report in `config.out` does not have yet, and return all of them.
 
+    A scripted expert runs as it was written to: asked every period, answering at once.
     policy_id: identifies the policy in the report, for example a bundle hash. environment: one to reuse (it stays
     open), otherwise one is made and closed. Raises EmbodimentMismatch when the policy is for another robot, ConfigError
     when `out` holds the report of another run.
     """
     _check_control(control)
+    if isinstance(policy, ExpertPolicy):  # one action from the present state: no other schedule suits it
+        config = replace(config, scheduler="sequential", execute=1, latency_s=0.0)
     path = Path(config.out) / f"{control}.json" if config.out else None
     report = _begun(path, config, json.loads(json.dumps(config.identity(policy_id, control))))
     env = environment if environment is not None else make(config.env, **config.env_options)

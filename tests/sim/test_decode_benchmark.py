@@ -11,6 +11,7 @@ from sim import decode_benchmark as bench
 from sim.evaluate import EpisodeRecord, EvalConfig
 from vla.cli import main
 from vla.errors import DataError
+from vla.resources import bundle_path
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,30 @@ def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
 def test_flops_do_not_depend_on_where_a_pass_runs(policy) -> None:
     """A one-token pass runs in numpy, where nothing counts: counting takes it to torch and back."""
     seen = bench.observations(policy, EvalConfig(episodes=1), 1)
-    decoder = next(e for e in bench.ENTRIES if e.name == "greedy FAST").decoder()
-    first = bench._flops(policy, decoder, seen)
-    assert first == bench._flops(policy, decoder, seen)
+    entry = next(e for e in bench.ENTRIES if e.name == "greedy FAST")
+    first = bench._flops(policy, entry, seen)
+    assert first == bench._flops(policy, entry, seen)
     with bench._in_torch():
-        policy.decoder = decoder
         there = policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
     assert there == policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
+
+
+def test_reuse_is_counted_in_episodes_and_halves_the_cost() -> None:
+    always = bench.Cost(
+        np.full(4, 10.0), np.full(4, 5.0), np.full(4, 7), np.full(4, 7), 0, [(1,)] * 4, [np.zeros((2, 2))] * 4, 1e6
+    )
+    entry = bench.Entry("reused", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla")
+    row = bench.row(entry, always, always, 8, None, None, reused=0.5)
+    assert not row["exact"] and row["speedup"] == 2.0 and row["passes_per_chunk"] == 3.5
+    assert row["actions_per_s"] == 1600.0 and row["flops_per_chunk"] == 500_000
+    assert row["config"]["reuse"]["_target_"].endswith("ReuseRule") and row["config"]["pruning"]["drop"] is False
+
+
+def test_the_share_of_reuses_comes_from_the_policys_own_episodes() -> None:
+    policy = VlaPolicy.from_bundle(bundle_path("tabletop"), threads=1)
+    entry = next(e for e in bench.ENTRIES if e.name == "reused FAST")
+    share = bench.reuse_share(policy, entry, EvalConfig(), episodes=3)
+    assert 0 <= share <= 0.5 and policy.selection is None  # at most every other inference
 
 
 def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> None:

@@ -85,11 +85,17 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     curves = {head: bench.cost_curve(policy, head, seen[0]) for head in heads}
     with _progress(console, "costs", len(seen) + 3) as tick:
         costs = bench.costs(policy, chosen, seen, lambda: tick(1))
+    with _progress(console, "reuse", sum(bool(entry.reuse) for entry in chosen)) as tick:
+        reused = {}
+        for entry in chosen:
+            if entry.reuse:
+                reused[entry.name] = bench.reuse_share(policy, entry, config)
+                tick(1)
     reports: dict[str, Any] = {}
     if args.episodes:
         workers = args.workers or os.cpu_count() or 1
         for entry in chosen:
-            if entry.reference and entry.decoder().exact:
+            if entry.reference and entry.exact:
                 continue
             folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in entry.name)
             with _progress(console, entry.name, args.episodes) as tick:
@@ -97,7 +103,7 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     rows = [
         bench.row(
             entry, costs[entry.name], costs[entry.reference or entry.name], args.execute, reports.get(entry.name),
-            reports.get(entry.reference or entry.name),
+            reports.get(entry.reference or entry.name), reused.get(entry.name, 0.0),
         )
         for entry in chosen
     ]  # fmt: skip
@@ -153,8 +159,8 @@ def show(results: dict[str, Any], console: Any) -> None:
         words = ", ".join(f"{count}: {ms:.2f} ({ms / one:.1f})" for count, ms in curve.items())
         console.print(f"a pass over so many tokens, head {head}, ms (times that of one): {words}", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("decoder", "exact", "passes", "ms p50 / p95", "speed-up", "actions/s", "MFLOP", "equal", "rms",
-                  "success", "paired, points"):  # fmt: skip
+    for title in ("decoder", "exact", "passes", "ms p50 / p95", "speed-up", "actions/s", "MFLOP", "reused", "equal",
+                  "rms", "success", "paired, points"):  # fmt: skip
         table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
     for row in results["rows"]:
         success, paired = "", ""
@@ -168,6 +174,7 @@ def show(results: dict[str, Any], console: Any) -> None:
             row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}",
             f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}", f"{row['speedup']:.2f}",
             f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}",
+            f"{100 * row['reused']:.0f} %" if row["reused"] else "",
             "" if row["same_chunks"] is None else f"{100 * row['same_chunks']:.0f} %", f"{row['rms_to_reference']:.3f}",
             success, paired,
         )  # fmt: skip

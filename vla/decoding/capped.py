@@ -1,8 +1,8 @@
 """Jacobi decoding with a cap on the passes, and its bidirectional form: faster, and not what greedy decoding gives.
 
 CEED-VLA (Song et al. 2025): a model that was distilled to jump along its own Jacobi trajectories is nearly settled
-after a few passes over the whole block, so decoding stops there ("early exit", one global number sigma). PD-VLA lets
-the tokens of a block see each other in both directions; greedy decoding is then no fixed point that could be reached.
+after a few passes over a block, so decoding stops there ("early exit", one global number sigma). PD-VLA lets the
+tokens of a block see each other in both directions; greedy decoding is then no fixed point that could be reached.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts, find_head
@@ -18,25 +19,33 @@ from vla.models.suffix import TokenSuffix
 
 
 class CappedJacobiDecoder(TokenDecoder):
-    """Whole-block Jacobi iteration that ends when nothing changes, or after `passes` passes (sigma).
+    """Jacobi iteration block by block; a block ends when nothing changes, or after `passes` passes (sigma).
 
-    both_ways: the block is not causal. warm: start from the previous chunk. Tokens that the iteration left standing
-    against the grammar cannot occur with one value per token, which is what `check` asks for.
+    window: tokens per block, 0 for the whole chunk at once. Where a long pass costs many short ones, as on a CPU,
+    short blocks are the faster ones. both_ways: a block is not causal. warm: start from the previous chunk.
     """
 
     exact = False
 
-    def __init__(self, passes: int = 8, both_ways: bool = False, warm: bool = False, head: str = ""):
+    def __init__(self, passes: int = 8, window: int = 0, both_ways: bool = False, warm: bool = False, head: str = ""):
         super().__init__(head)
         if passes < 1:
             raise ConfigError(explain("decoder.passes", "at least 1", passes, "8 is a common cap."))
-        self.passes, self.both_ways, self.warm = passes, both_ways, warm
+        if window < 0:
+            raise ConfigError(explain("decoder.window", "0 or more", window, "0 takes the whole chunk as one block."))
+        self.passes, self.window, self.both_ways, self.warm = passes, window, both_ways, warm
 
     def check(self, bundle: Bundle) -> None:
+        """Tokens that were left standing must make a chunk whatever they are, hence one value each."""
         head = find_head(bundle, self.head, "tokens")
+        values = bundle.config.horizon * bundle.config.action_dim
         if set(bundle.action_tokenizers[head].token_lengths.tolist()) != {1}:
             raise ConfigError(
                 explain("decoder.head", "tokens of one value each (bins)", f"{head!r}", "Use jacobi for FAST tokens.")
+            )
+        if self.window > values:
+            raise ConfigError(
+                explain("decoder.window", f"at most {values}, the tokens of a chunk", self.window, "0 takes them all.")
             )
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
@@ -44,35 +53,45 @@ class CappedJacobiDecoder(TokenDecoder):
         return [Hint(seed, draft) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
-        start = torch.tensor([list(hint.draft) or [0] * grammar.values for hint in hints], device=suffix.device)
-        block, logits, passes = jacobi(suffix, start, self.passes, self.both_ways)
+        guess = torch.tensor([list(hint.draft) or [0] * grammar.values for hint in hints], device=suffix.device)
+        block, logits, passes = jacobi(suffix, guess, self.passes, self.window, self.both_ways)
         ids = block.tolist()
         return DecodedTokens(ids, passes, confidences(logits.float(), ids))
 
 
 def jacobi(
     suffix: TokenSuffix,
-    block: torch.Tensor,
+    guess: Tensor,
     most: int,
+    window: int = 0,
     both_ways: bool = False,
-    iterates: list[torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Update all tokens of a block at once until none changes, at most `most` times.
+    iterates: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Update all tokens of a block at once until none changes, at most `most` times; then the next block.
 
-    block: int64[B, K], the first guess. Returns the last block, the logits [B, K, V] it came from and the passes.
-    iterates: gets the first guess and every block after it.
+    guess: int64[B, K]. Returns the tokens [B, K], the logits [B, K, V] they came from, and the passes. iterates: gets
+    the first guess of a block and every one after it. What a block left unsettled is fed again with the next one: no
+    entry of a discarded guess stays in the cache.
     """
-    first = torch.full_like(block[:, :1], suffix.start_id)
-    if iterates is not None:
-        iterates.append(block)
-    logits, passes, settled = torch.empty(0), 0, False
-    while passes < most and not settled:
-        passes += 1
-        suffix.truncate(0)
-        logits = suffix.logits(torch.cat((first, block[:, :-1]), dim=1), both_ways)
-        update = logits.argmax(dim=-1)
-        settled = bool((update == block).all())
-        block = update
-        if iterates is not None and not settled:
+    tokens = torch.full_like(guess[:, :1], suffix.start_id)  # what stands: the start token, then finished blocks
+    rows: list[Tensor] = []
+    passes = 0
+    for block in guess.split(window or guess.shape[1], dim=1):
+        count = block.shape[1]
+        if iterates is not None:
             iterates.append(block)
-    return block, logits, passes
+        logits, settled, tries = torch.empty(0), False, 0
+        while tries < most and not settled:
+            logits = suffix.logits(torch.cat((tokens[:, suffix.length :], block[:, :-1]), dim=1), both_ways)
+            logits = logits[:, -count:]
+            update = logits.argmax(dim=-1)
+            settled, tries = bool((update == block).all()), tries + 1
+            block = update
+            if not settled:
+                suffix.truncate(tokens.shape[1] - 1)  # the last token that stands is fed again: its row is the first
+                if iterates is not None:
+                    iterates.append(block)
+        passes += tries
+        rows.append(logits)
+        tokens = torch.cat((tokens, block), dim=1)
+    return tokens[:, 1:], torch.cat(rows, dim=1), passes
