@@ -23,6 +23,7 @@ from typing import Any
 from sim.control import make_expert
 from sim.demonstrate import Noise, run_expert
 from sim.environment import EVAL_SEED_START, make
+from sim.workers import end_with_parent
 from vla.data.lerobot import IMAGE_PREFIX
 from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
 from vla.embodiment import Embodiment
@@ -109,6 +110,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(config: CollectConfig) -> None:
+    end_with_parent()
     environment = make(config.env, **config.env_options)
     _worker.update(config=config, environment=environment, expert=make_expert(config.env, environment))
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from policies.reuse_policy import ReusePolicy
 from policies.vla_policy import VlaPolicy
 from sim.evaluate import EpisodeRecord, EvalConfig, Report, evaluate
+from sim.workers import end_with_parent
 from vla import configs
 from vla.checkpoints.bundle import Bundle
 from vla.configs import describe
@@ -316,7 +317,7 @@ def success(
     ]
     reports: list[Report] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(parts), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(parts), context, end_with_parent) as pool:
         for future in as_completed([pool.submit(_part, bundle, entry, part) for part in parts]):
             reports.append(future.result())
             on_episodes(len(reports[-1].episodes))
