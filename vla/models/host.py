@@ -1,8 +1,9 @@
 """Suffix passes of one sample on a CPU, in numpy: what `Transformer.run` computes, several times sooner.
 
 A pass over one action token of a small expert is a fraction of a millisecond of arithmetic under a hundred calls. numpy
-answers a call in a third of the time torch takes, and multiplies a few rows with a matrix that lies [in, out] nearly as
-fast as one row. It also lets go of the interpreter less often, which counts in a node whose other threads receive.
+answers a call in less than half of the time torch takes, and multiplies a few rows with a matrix that lies [in, out]
+nearly as fast as one row. It also lets go of the interpreter less often, which counts in a node whose other threads
+receive.
 The cache is torch's own memory, so both may be used in turn; weights are copied, and copied again when they change.
 """
 
