@@ -379,6 +379,31 @@ def test_mixed_labels_follow_the_tolerance(tiny_dataset, tmp_path) -> None:
         tiny_config(tiny_dataset, tmp_path, heads={"bins": replace(bins, distill=DistillRecipe())})
 
 
+def test_a_student_of_another_name_stands_beside_its_teacher(tiny_dataset, tmp_path) -> None:
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
+    recipe = replace(bins, distill=DistillRecipe(teacher="bins", frames=16))
+    trainer = Trainer(
+        tiny_config(tiny_dataset, tmp_path / "both", init=str(tmp_path / "teacher/bundle"), freeze=True,
+                    heads={"student": recipe})
+    )  # fmt: skip
+    model = trainer.model
+    assert [head.name for head in model.config.heads] == ["student", "bins"]
+
+    def weights(name):
+        layers = [layer[model.config.head(name).expert].state_dict() for layer in model.transformer.layers]
+        return [*model.heads[name].state_dict().values(), *(value for layer in layers for value in layer.values())]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights("student"), weights("bins")))
+    trainer.step()
+    assert not all(torch.equal(a, b) for a, b in zip(weights("student"), weights("bins")))
+    with pytest.raises(ConfigError, match=r"heads\.student\.distill.*'other'"):
+        Trainer(
+            tiny_config(tiny_dataset, tmp_path / "none", init=str(tmp_path / "teacher/bundle"), freeze=True,
+                        heads={"student": replace(bins, distill=DistillRecipe(teacher="other", frames=16))})
+        )  # fmt: skip
+
+
 def test_no_gradient_flows_through_the_target() -> None:
     target, guess = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
     loss = objectives.divergence(target.detach(), guess)

@@ -47,14 +47,16 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    """Consistency distillation of a token head from itself as it is in `init` (CEED-VLA).
+    """Consistency distillation of a token head (CEED-VLA).
 
-    frames: how many training frames its Jacobi trajectories are collected on; the run sees no others. consistency,
-    anchor: weights of the two losses. tolerance: mixed labels, the teacher's tokens where its chunk is within this
-    mean absolute difference of the demonstration (normalised units), else the demonstration's; 0 for the
+    teacher: name of the head in `init` that this one starts from and learns from; "" for its own name, which then
+    replaces it. frames: how many training frames its Jacobi trajectories are collected on; the run sees no others.
+    consistency, anchor: weights of the two losses. tolerance: mixed labels, the teacher's tokens where its chunk is
+    within this mean absolute difference of the demonstration (normalised units), else the demonstration's; 0 for the
     demonstration's only, infinity for the teacher's only.
     """
 
+    teacher: str = ""
     frames: int = 8000
     consistency: float = 1.0
     anchor: float = 1.0

@@ -67,8 +67,11 @@ class Trainer:
         else:
             self.text_tokenizer = TextTokenizer.fit(dataset.tasks, recipe.text_vocab, recipe.text_length)
         known = {} if start is None else start.action_tokenizers
+        teachers = {name: head.distill.teacher or name for name, head in config.heads.items() if head.distill}
         self.tokenizers: dict[str, ActionTokenizer] = {
-            name: known[name] if name in known else self._make_tokenizer(name, head.tokenizer)
+            name: known[teachers.get(name, name)]
+            if teachers.get(name, name) in known
+            else self._make_tokenizer(name, head.tokenizer)
             for name, head in config.heads.items()
             if head.tokenizer is not None
         }
@@ -80,7 +83,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = Vla(self._model_config(start)).to(self.device)
         if start is not None:
-            self.taken = take_weights(self.model, start.model)
+            self.taken = take_weights(self.model, start.model, teachers)
         if config.freeze:
             train_heads_only(self.model, list(config.heads))
         self.trajectories = self._collect_trajectories(start)
@@ -179,7 +182,8 @@ class Trainer:
                 continue
             if name not in self.taken or set(self.tokenizers[name].token_lengths.tolist()) != {1}:
                 raise ConfigError(
-                    explain(f"train.heads.{name}.distill", f"a head {name!r} of bins in init, of the same shape",
+                    explain(f"train.heads.{name}.distill",
+                            f"a head {head.distill.teacher or name!r} of bins in init, of the same shape",
                             ", ".join(f"{h.name} ({h.kind})" for h in start.config.heads), "Train that head first.")
                 )  # fmt: skip
             frames = np.unique(self.data.train_frames)
