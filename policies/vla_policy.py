@@ -41,6 +41,7 @@ class VlaPolicy:
             selection.check(bundle.config)
         self.device = next(bundle.model.parameters()).device
         self._grammars: dict[str, Grammar] = {}
+        self._costs: dict[tuple[str, int], dict[int, float]] = {}
         self._seed = 0
 
     @classmethod
@@ -97,7 +98,7 @@ class VlaPolicy:
         prefix = bundle.model.prefix(segments, config.suffix_room, self.selection)
         encoded = time.perf_counter()
         seeds = [_mix(self._seed, context.seed) for context in contexts]
-        decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started))
+        decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started, self._costs))
         kept = None if prefix.kept is None else prefix.kept.cpu().numpy()
         results = []
         period_s = self.embodiment.period_s

@@ -105,4 +105,4 @@ def test_what_does_not_depend_on_the_tokens_before_takes_no_second_look(name) ->
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"decoder\.window"):
-        JacobiDecoder(0)
+        JacobiDecoder(-1)

@@ -374,7 +374,7 @@ def test_the_previous_chunk_of_a_policy_is_its_draft() -> None:
     ("key", "make"),
     [
         (r"decoder\.draft: unknown choice 'shalow'.*shallow", lambda: SpeculativeDecoder("shalow")),
-        (r"decoder\.length", lambda: SpeculativeDecoder(length=0)),
+        (r"decoder\.length", lambda: SpeculativeDecoder(length=-1)),
         (r"decoder\.temperature", lambda: SpeculativeDecoder(temperature=-1.0)),
         (r"decoder\.layers", lambda: SpeculativeDecoder(layers=2)),
         (r"decoder\.layers", lambda: SpeculativeDecoder("shallow", layers=-1)),

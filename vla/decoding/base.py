@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
+from vla.decoding.costs import pass_costs
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Prefix
@@ -64,13 +65,14 @@ class Grammar:
 class Hint:
     """What a token decoder may know of one sample beside its prefix.
 
-    seed: for draws. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
+    seed: for draws. length: tokens per pass where the decoder leaves that to the device, else 0. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
     deadline: time.perf_counter() at which the answer is wanted, infinity for never.
     """
 
     seed: int = 0
     draft: tuple[int, ...] = ()
     deadline: float = float("inf")
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ class Decoded:
 
 @dataclass
 class DecodeInput:
-    """One batch behind its prefix. bundle: the policy's. seeds, contexts: per sample. grammars: by head, made once.
+    """One batch behind its prefix. bundle: the policy's. seeds, contexts: per sample. grammar: by head, made once.
 
-    started: time.perf_counter() when this inference began.
+    costs: what passes take, by head and batch; whoever needs them first measures them (`pass_costs`), and the policy
+    keeps them. started: time.perf_counter() when this inference began.
     """
 
     bundle: Bundle
@@ -122,10 +125,18 @@ class DecodeInput:
     contexts: Sequence[InferContext]
     grammar: Callable[[str], Grammar]
     started: float = field(default_factory=time.perf_counter)
+    costs: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
         return len(self.seeds)
+
+    def pass_costs(self, head: str) -> dict[int, float]:
+        """{tokens: milliseconds of a pass over them} of a token head, measured once per policy and batch size."""
+        key = head, self.batch
+        if key not in self.costs:
+            self.costs[key] = pass_costs(TokenSuffix(self.bundle.model, self.prefix, head))
+        return self.costs[key]
 
     @cached_property
     def previous(self) -> list[np.ndarray | None]:

@@ -17,39 +17,46 @@ import torch
 from torch import Tensor
 
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts
+from vla.decoding.costs import best_length, pass_costs
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 
 
 class JacobiDecoder(TokenDecoder):
-    """Exact greedy decoding in windows, causal mask. window: tokens per pass, at least 1 (which is greedy itself).
+    """Exact greedy decoding in windows, causal mask. window: tokens per pass; 1 is greedy itself, 0 the length that pays
+    most with the pass costs of this device, if a guess behind right ones is right with probability `agreement`.
 
     warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
+    Notes: "window".
     """
 
-    def __init__(self, window: int = 16, warm: bool = False, head: str = ""):
+    def __init__(self, window: int = 0, warm: bool = False, agreement: float = 0.7, head: str = ""):
         super().__init__(head)
-        if window < 1:
-            raise ConfigError(explain("decoder.window", "at least 1", window, "16 suits two CPU cores."))
-        self.window, self.warm = window, warm
+        if window < 0:
+            raise ConfigError(explain("decoder.window", "0 or more", window, "0 chooses it from the cost of passes."))
+        if not 0 <= agreement <= 1:
+            raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
+        self.window, self.warm, self.agreement = window, warm, agreement
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.warm else [()] * given.batch
-        return [Hint(seed, draft) for seed, draft in zip(given.seeds, guesses)]
+        length = self.window or best_length(given.pass_costs(head), self.agreement)
+        return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         batch = len(hints)
+        window = self.window or hints[0].length or best_length(pass_costs(suffix), self.agreement)
         ids: list[list[int]] = [[] for _ in hints]
         remaining = [grammar.values] * batch
         last = [suffix.start_id] * batch
         # What a cold draft starts from hardly matters as long as it is a token that the model has seen there.
-        guesses = [[*hint.draft, *[0] * self.window] for hint in hints]
+        guesses = [[*hint.draft, *[0] * window] for hint in hints]
         rows: list[Tensor] = []
         passes = 0
         while any(remaining):
             base = suffix.length
             # Room for the whole window may be missing only when every sample is about to end.
-            width = min(self.window, suffix.room - base)
+            width = min(window, suffix.room - base)
             inputs = [[token, *guess[: width - 1]] for token, guess in zip(last, guesses)]
             left = [grammar.before_each(r, guess[: width - 1]) for r, guess in zip(remaining, guesses)]
             logits = grammar.constrain(suffix.logits(torch.tensor(inputs, device=suffix.device)), left)
@@ -67,8 +74,8 @@ class JacobiDecoder(TokenDecoder):
                         remaining[sample] = max(0, remaining[sample] - grammar.lengths[token])
                 last[sample] = update[count - 1]
                 behind = guesses[sample][width:] if hints[sample].draft else []
-                guesses[sample] = update[count:] + behind + update[-1:] * self.window
-        return DecodedTokens(ids, passes, confidences(torch.cat(rows, dim=1), ids))
+                guesses[sample] = update[count:] + behind + update[-1:] * window
+        return DecodedTokens(ids, passes, confidences(torch.cat(rows, dim=1), ids), {"window": float(window)})
 
 
 def _settled(update: Sequence[int], draft: Sequence[int], left: Sequence[int]) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts, find_head, probabilities
+from vla.decoding.costs import best_length
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
 from vla.models.suffix import TokenSuffix
@@ -41,19 +42,22 @@ class SpeculativeDecoder(TokenDecoder):
     where it again begins a token at the same value of the chunk. "shallow", the first `layers` layers with the same
     read-out (0: the layer the head was trained to exit at); the deep ones verify, and nothing is computed twice.
     "head", another token head of the bundle over the same tokens, `draft_head`. length: draft tokens per pass, at most
-    (gamma). passes: those that verify, of the whole model. Notes: "accepted", mean number of draft tokens accepted per
+    (gamma); 0 for as many as pay most with the pass costs of this device, a draft token being free and right with
+    probability `agreement`. passes: those that verify, of the whole model. Notes: "accepted", mean number of draft tokens accepted per
     pass and sample; "layers" that ran, those of the draft included.
     """
 
     def __init__(
         self, draft: str = "previous", length: int = 8, temperature: float = 0.0, layers: int = 0, draft_head: str = "",
-        head: str = "",
+        agreement: float = 0.7, head: str = "",
     ):  # fmt: skip
         super().__init__(head)
         if draft not in DRAFTS:
             raise ConfigError(f"decoder.draft: unknown choice {draft!r}. {nearest(draft, DRAFTS)}")
-        if length < 1:
-            raise ConfigError(explain("decoder.length", "at least 1", length, "Use autoregressive for no draft."))
+        if length < 0:
+            raise ConfigError(explain("decoder.length", "0 or more", length, "0 chooses it from the cost of passes."))
+        if not 0 <= agreement <= 1:
+            raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
         if temperature < 0:
             raise ConfigError(explain("decoder.temperature", "0 or more", temperature, "Use 0 for greedy decoding."))
         if layers < 0 or (layers and draft != "shallow"):
@@ -63,7 +67,7 @@ class SpeculativeDecoder(TokenDecoder):
             wanted = "the name of a token head" if draft == "head" else f"'' with draft={draft}"
             raise ConfigError(explain("decoder.draft_head", wanted, repr(draft_head), "It belongs to draft=head."))
         self.draft, self.length, self.temperature = draft, length, temperature
-        self.layers, self.draft_head = layers, draft_head
+        self.layers, self.draft_head, self.agreement = layers, draft_head, agreement
         self.exact = temperature == 0
 
     def check(self, bundle: Bundle) -> None:
@@ -75,7 +79,8 @@ class SpeculativeDecoder(TokenDecoder):
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.draft == "previous" else [()] * given.batch
-        return [Hint(seed, draft) for seed, draft in zip(given.seeds, guesses)]
+        length = self.length or best_length(given.pass_costs(head), self.agreement) - 1
+        return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         choice = Drawn(self.temperature, [hint.seed for hint in hints]) if self.temperature else Greedy()
@@ -91,7 +96,7 @@ class SpeculativeDecoder(TokenDecoder):
             drafter = Shallow(suffix, grammar, choice, exit_of(suffix.config, suffix.depth, self.layers))
         else:
             drafter = Small(suffix, grammar, choice, self.draft_head)
-        return speculate(suffix, grammar, drafter, choice, self.length, len(hints))
+        return speculate(suffix, grammar, drafter, choice, self.length or hints[0].length or 1, len(hints))
 
 
 class RelaxedDecoder(SpeculativeDecoder):
@@ -104,9 +109,9 @@ class RelaxedDecoder(SpeculativeDecoder):
 
     def __init__(
         self, distance: int = 3, draft: str = "previous", length: int = 8, layers: int = 0, draft_head: str = "",
-        head: str = "",
+        agreement: float = 0.7, head: str = "",
     ):  # fmt: skip
-        super().__init__(draft, length, 0.0, layers, draft_head, head)
+        super().__init__(draft, length, 0.0, layers, draft_head, agreement, head)
         if distance < 1:
             raise ConfigError(explain("decoder.distance", "at least 1 bin", distance, "Use speculative for 0."))
         self.distance = distance
