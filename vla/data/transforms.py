@@ -24,6 +24,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     if height < 1 or width < 1:
         raise DataError(explain("resize", "a size of at least 1 x 1", f"{height} x {width}", "Fix the image size."))
+    if rows % height == 0 and columns % width == 0:
+        return _block_means(image, rows // height, columns // width)
     # float32 counts integers exactly up to 2**24, which images to about 180 x 180 stay below; it is the faster one
     exact = np.dtype(np.float32 if rows * columns * 256 <= 2**24 else np.float64)
     planes: np.ndarray = np.moveaxis(image.reshape(-1, rows, columns, channels), 3, 1).astype(exact)  # [N, C, H, W]
@@ -31,6 +33,18 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     area = rows * columns
     mean = (total.astype(np.int64) + area // 2) // area
     return np.moveaxis(mean.astype(np.uint8), 1, 3).reshape(*image.shape[:-3], height, width, channels)
+
+
+def _block_means(image: np.ndarray, down: int, across: int) -> np.ndarray:
+    """The same for whole blocks of `down` x `across` pixels: sums of slices, ten times as fast as the products."""
+    kind = np.uint16 if down * across <= 256 else np.uint32  # 256 * 255 + 128 is the most that uint16 has to hold
+    rows = image[..., 0::down, :, :].astype(kind)
+    for i in range(1, down):
+        rows += image[..., i::down, :, :]
+    total = rows[..., 0::across, :].copy()
+    for i in range(1, across):
+        total += rows[..., i::across, :]
+    return ((total + down * across // 2) // (down * across)).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=32)

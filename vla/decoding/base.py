@@ -65,8 +65,9 @@ class Grammar:
 class Hint:
     """What a token decoder may know of one sample beside its prefix.
 
-    seed: for draws. length: tokens per pass where the decoder leaves that to the device, else 0. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
-    deadline: time.perf_counter() at which the answer is wanted, infinity for never.
+    seed: for draws. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
+    deadline: time.perf_counter() at which the answer is wanted, infinity for never. length: tokens per pass, where the
+    decoder leaves that to the device, else 0.
     """
 
     seed: int = 0

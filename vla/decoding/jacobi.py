@@ -23,9 +23,10 @@ from vla.models.suffix import TokenSuffix
 
 
 class JacobiDecoder(TokenDecoder):
-    """Exact greedy decoding in windows, causal mask. window: tokens per pass; 1 is greedy itself, 0 the length that pays
-    most with the pass costs of this device, if a guess behind right ones is right with probability `agreement`.
+    """Exact greedy decoding in windows, causal mask.
 
+    window: tokens per pass; 1 is greedy itself, 0 the length that pays most with the pass costs of this device, if a
+    guess behind right ones is right with probability `agreement`.
     warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
     Notes: "window".
     """

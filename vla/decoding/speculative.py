@@ -43,8 +43,8 @@ class SpeculativeDecoder(TokenDecoder):
     read-out (0: the layer the head was trained to exit at); the deep ones verify, and nothing is computed twice.
     "head", another token head of the bundle over the same tokens, `draft_head`. length: draft tokens per pass, at most
     (gamma); 0 for as many as pay most with the pass costs of this device, a draft token being free and right with
-    probability `agreement`. passes: those that verify, of the whole model. Notes: "accepted", mean number of draft tokens accepted per
-    pass and sample; "layers" that ran, those of the draft included.
+    probability `agreement`. passes: those that verify, of the whole model. Notes: "accepted", mean number of draft
+    tokens accepted per pass and sample; "layers" that ran, those of the draft included.
     """
 
     def __init__(
