@@ -8,8 +8,10 @@ import pytest
 
 from policies.vla_policy import VlaPolicy
 from sim import decode_benchmark as bench
+from sim import decode_costs, decode_entries
 from sim.evaluate import EpisodeRecord, EvalConfig
 from vla.cli import main
+from vla.decoding.costs import LENGTHS
 from vla.errors import DataError
 from vla.resources import bundle_path
 
@@ -47,66 +49,100 @@ def test_pairs_need_the_same_seeds() -> None:
 
 
 def test_lines_that_a_bundle_cannot_serve_say_why(policy) -> None:
-    good, refused = bench.served(policy, bench.ENTRIES)
+    good, refused = decode_entries.served(policy, decode_entries.ENTRIES)
     names = [entry.name for entry in good]
     assert "greedy FAST" in names and "greedy bins" not in names
     assert "Train one" in refused["flow, 10 steps"] and "bins" in refused["greedy bins"]
-    assert {entry.reference for entry in bench.ENTRIES if entry.reference} <= {e.name for e in bench.ENTRIES}
+    assert {entry.reference for entry in decode_entries.ENTRIES if entry.reference} <= {
+        e.name for e in decode_entries.ENTRIES
+    }
 
 
 def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
-    seen = bench.observations(policy, EvalConfig(episodes=1), 4)
+    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 4)
     assert seen[0][1].previous is None and seen[1][1].previous is not None  # contexts as in the loop
-    entries = [e for e in bench.ENTRIES if e.name in ("greedy FAST", "jacobi FAST, 4")]
+    entries = [e for e in decode_entries.ENTRIES if e.name in ("greedy FAST", "jacobi FAST, 4")]
     ticks = []
-    costs = bench.costs(policy, entries, seen, lambda: ticks.append(1))
+    costs = decode_costs.costs(policy, entries, seen, lambda: ticks.append(1))
     greedy, jacobi = (costs[e.name] for e in entries)
     assert len(ticks) == 3 + 4 and len(greedy.ids) == len(jacobi.ids) == 4
     assert greedy.ids == jacobi.ids
     assert (greedy.passes == greedy.tokens).all() and (jacobi.passes <= greedy.passes).all()
     assert jacobi.flops > greedy.flops > 1e6  # it looks at tokens that it throws away
-    row = bench.row(entries[1], jacobi, greedy, 8, None, None)
+    row = bench.row(entries[1], costs, 8, {})
     assert row["same_chunks"] == 1.0 and row["rms_to_reference"] == 0.0 and row["success_rate"] is None
     assert set(row) >= {
         "decoder", "config", "exact", "passes_per_chunk", "ms_per_chunk", "tokens_per_s", "actions_per_s", "refresh_hz",
         "flops_per_chunk", "repaired", "n", "success_rate", "wilson_95", "paired_difference",
     }  # fmt: skip
     json.dumps(row)
-    curve = bench.cost_curve(policy, "fast", seen[0], repeats=2)
-    assert list(curve) == list(bench.CURVE) and all(ms > 0 for ms in curve.values())
+    curve = decode_costs.cost_curve(policy, "fast", seen[0], repeats=2)
+    assert list(curve) == list(LENGTHS) and all(ms > 0 for ms in curve.values())
+
+
+def test_tokens_that_never_change_are_not_counted_as_settled() -> None:
+    chunk = np.zeros((2, 3))
+    ids = [(5, 9, 7, 5, 1, 7), (5, 2, 7, 5, 3, 8)]  # the first of three values is always 5
+
+    def cost(ids):
+        ones = np.ones(2)
+        return decode_costs.Cost(ones, ones, ones, ones, np.full(2, 6), 0, ids, [chunk] * 2, 1.0)
+
+    assert bench.moving_share(cost(ids), 3) == pytest.approx(2 / 3)
+    assert bench.moving_share(cost([(1, 2), (1, 2, 3)]), 3) == 1.0  # FAST: a token is no value
+
+
+def test_time_outside_the_passes_and_flips_in_bf16_are_measured(policy) -> None:
+    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 3)
+    entries = [e for e in decode_entries.ENTRIES if e.name in ("greedy FAST", "jacobi FAST", "anytime FAST")]
+    costs = decode_costs.costs(policy, entries, seen)
+    for cost in costs.values():
+        assert (cost.pass_ms > 0).all() and (cost.pass_ms < cost.decode_ms).all()
+    assert costs["greedy FAST"].flips is None and costs["anytime FAST"].flips is None
+    assert 0 <= costs["jacobi FAST"].flips <= 1 and costs["jacobi FAST"].window >= 1
+    row = bench.row(entries[1], costs, 8, {})
+    assert row["overhead"] > 0 and row["speedups"].keys() == {"greedy FAST"}
 
 
 def test_flops_do_not_depend_on_where_a_pass_runs(policy) -> None:
     """A one-token pass runs in numpy, where nothing counts: counting takes it to torch and back."""
-    seen = bench.observations(policy, EvalConfig(episodes=1), 1)
-    entry = next(e for e in bench.ENTRIES if e.name == "greedy FAST")
-    first = bench._flops(policy, entry, seen)
-    assert first == bench._flops(policy, entry, seen)
-    with bench._in_torch():
+    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 1)
+    entry = next(e for e in decode_entries.ENTRIES if e.name == "greedy FAST")
+    first = decode_costs._flops(policy, entry, seen)
+    assert first == decode_costs._flops(policy, entry, seen)
+    with decode_costs._in_torch():
         there = policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
     assert there == policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
 
 
 def test_reuse_is_counted_in_episodes_and_halves_the_cost() -> None:
-    always = bench.Cost(
-        np.full(4, 10.0), np.full(4, 5.0), np.full(4, 7), np.full(4, 7), 0, [(1,)] * 4, [np.zeros((2, 2))] * 4, 1e6
+    always = decode_costs.Cost(
+        np.full(4, 10.0),
+        np.full(4, 5.0),
+        np.full(4, 4.0),
+        np.full(4, 7),
+        np.full(4, 7),
+        0,
+        [(1,)] * 4,
+        [np.zeros((2, 2))] * 4,
+        1e6,
     )
-    entry = bench.Entry("reused", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla")
-    row = bench.row(entry, always, always, 8, None, None, reused=0.5)
-    assert not row["exact"] and row["speedup"] == 2.0 and row["passes_per_chunk"] == 3.5
-    assert row["actions_per_s"] == 1600.0 and row["flops_per_chunk"] == 500_000
+    entry = decode_entries.Entry("reused", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla")
+    row = bench.row(entry, {"reused": always, "greedy FAST": always}, 8, {}, decode_costs.Reuse(0.5, 2.0))
+    assert not row["exact"] and row["speedup"] == pytest.approx(10 / 6, abs=1e-3) and row["passes_per_chunk"] == 3.5
+    assert row["actions_per_s"] == pytest.approx(8 / 6e-3, abs=0.1) and row["flops_per_chunk"] == 500_000
     assert row["config"]["reuse"]["_target_"].endswith("ReuseRule") and row["config"]["pruning"]["drop"] is False
 
 
 def test_the_share_of_reuses_comes_from_the_policys_own_episodes() -> None:
     policy = VlaPolicy.from_bundle(bundle_path("tabletop"), threads=1)
-    entry = next(e for e in bench.ENTRIES if e.name == "reused FAST")
-    share = bench.reuse_share(policy, entry, EvalConfig(), episodes=3)
-    assert 0 <= share <= 0.5 and policy.selection is None  # at most every other inference
+    entry = next(e for e in decode_entries.ENTRIES if e.name == "reused FAST")
+    reuse = decode_costs.reuse_share(policy, entry, EvalConfig(), episodes=3)
+    assert 0 <= reuse.share <= 0.5 and reuse.ms < 5 and policy.selection is None  # at most every other inference
 
 
 def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> None:
-    entry = next(e for e in bench.ENTRIES if e.name == "anytime FAST")
+    entry = next(e for e in decode_entries.ENTRIES if e.name == "anytime FAST")
     config = replace(EvalConfig(), episodes=2, task="push")
     counts: list[int] = []
     report = bench.success(str(tiny_bundle), entry, config, tmp_path, 1, counts.append)

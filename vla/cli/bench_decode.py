@@ -16,14 +16,18 @@ from vla.errors import ConfigError, explain, nearest
 from vla.files import write_text
 
 EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, warm-up left out. ms per chunk
-holds images, text, prefix and decoding. actions/s is executed actions over inference time, refresh one over it. Exact
-decoders run no episodes: they give greedy's actions, and the share of equal chunks is printed. The others run the same
-seeds as greedy of their reference; the difference is paired, and 'inconclusive' when its interval holds 0.
+holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the time to the first action.
+actions/s is executed actions over inference time, refresh one over it. x bins, x FAST: times as fast as greedy decoding
+of those. Overhead: decoding time outside of the passes, in percent of them. Exact decoders run no episodes: they give
+greedy's actions; the share of equal chunks is printed, and how many differ with the model in bf16. The others run the
+same seeds as greedy of their reference; the difference is paired, 'inconclusive' when its interval holds 0.
 
 examples:
   vla bench decode                                           costs only, on the shipped policy
   vla bench decode --policy outputs/heads/bundle --episodes 1000 --out outputs/bench
   vla bench decode --device cuda                             again on a GPU"""
+
+REFERENCES = ("greedy bins", "greedy FAST")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +75,7 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
 
     from policies.vla_policy import VlaPolicy
     from sim import decode_benchmark as bench
+    from sim import decode_costs, decode_entries
     from sim.evaluate import EvalConfig
     from vla.resources import bundle_path
 
@@ -79,17 +84,17 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     policy = VlaPolicy.from_bundle(path, device=args.device, threads=threads)
     config = EvalConfig(env=args.env, task=args.task, episodes=max(1, args.episodes), execute=args.execute,
                         device=args.device, **({} if args.seed is None else {"seed": args.seed}))  # fmt: skip
-    chosen, refused = bench.served(policy, _chosen(args.only))
+    chosen, refused = decode_entries.served(policy, _chosen(args.only))
     heads = [head.name for head in policy.bundle.config.heads if head.kind == "tokens"]
-    seen = bench.observations(policy, config, args.observations)
-    curves = {head: bench.cost_curve(policy, head, seen[0]) for head in heads}
+    seen = decode_costs.observations(policy, config, args.observations)
+    curves = {head: decode_costs.cost_curve(policy, head, seen[0]) for head in heads}
     with _progress(console, "costs", len(seen) + 3) as tick:
-        costs = bench.costs(policy, chosen, seen, lambda: tick(1))
+        costs = decode_costs.costs(policy, chosen, seen, lambda: tick(1))
     with _progress(console, "reuse", sum(bool(entry.reuse) for entry in chosen)) as tick:
         reused = {}
         for entry in chosen:
             if entry.reuse:
-                reused[entry.name] = bench.reuse_share(policy, entry, config)
+                reused[entry.name] = decode_costs.reuse_share(policy, entry, config)
                 tick(1)
     reports: dict[str, Any] = {}
     if args.episodes:
@@ -100,10 +105,11 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
             folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in entry.name)
             with _progress(console, entry.name, args.episodes) as tick:
                 reports[entry.name] = bench.success(path, entry, config, folder, workers, tick)
+    dims = policy.embodiment.action_dim
     rows = [
         bench.row(
-            entry, costs[entry.name], costs[entry.reference or entry.name], args.execute, reports.get(entry.name),
-            reports.get(entry.reference or entry.name), reused.get(entry.name, 0.0),
+            entry, costs, args.execute, reports, reused.get(entry.name),
+            bench.moving_share(costs[entry.reference or entry.name], dims),
         )
         for entry in chosen
     ]  # fmt: skip
@@ -125,7 +131,7 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
 
 
 def _chosen(only: list[str]) -> list[Any]:
-    from sim.decode_benchmark import ENTRIES
+    from sim.decode_entries import ENTRIES
 
     if not only:
         return list(ENTRIES)
@@ -150,35 +156,52 @@ def _progress(console: Any, name: str, total: int) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-def show(results: dict[str, Any], console: Any) -> None:
-    """The results as tables."""
+def _table(*titles: str) -> Any:
     from rich.table import Table
 
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def show(results: dict[str, Any], console: Any) -> None:
+    """The results as tables."""
     for head, curve in results["pass_ms"].items():
         one = curve[1]
         words = ", ".join(f"{count}: {ms:.2f} ({ms / one:.1f})" for count, ms in curve.items())
         console.print(f"a pass over so many tokens, head {head}, ms (times that of one): {words}", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("decoder", "exact", "passes", "ms p50 / p95", "speed-up", "actions/s", "MFLOP", "reused", "equal",
-                  "rms", "success", "paired, points"):  # fmt: skip
-        table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
+    table = _table("decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s",
+                   "MFLOP", "reused", "equal", "bf16 flips", "rms", "overhead")  # fmt: skip
     for row in results["rows"]:
-        success, paired = "", ""
-        if row["success_rate"] is not None:
-            low, high = row["wilson_95"]
-            success = f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f}) of {row['n']}"
-        if row["paired_difference"]:
-            d = row["paired_difference"]
-            paired = f"{d['points']:+.1f} ({d['wilson_95'][0]:+.1f} to {d['wilson_95'][1]:+.1f}), {d['verdict']}"
         table.add_row(
             row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}",
-            f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}", f"{row['speedup']:.2f}",
-            f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}",
-            f"{100 * row['reused']:.0f} %" if row["reused"] else "",
-            "" if row["same_chunks"] is None else f"{100 * row['same_chunks']:.0f} %", f"{row['rms_to_reference']:.3f}",
-            success, paired,
+            "" if row["tokens_per_pass"] is None else f"{row['tokens_per_pass']:.1f}",
+            f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
+            *(f"{row['speedups'][name]:.2f}" if name in row["speedups"] else "" for name in REFERENCES),
+            f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}", _percent(row["reused"] or None),
+            _percent(row["same_chunks"]), _percent(row["bf16_flips"]), f"{row['rms_to_reference']:.3f}",
+            _percent(row["overhead"]),
         )  # fmt: skip
     console.print(table)
+    if any(row["success_rate"] is not None for row in results["rows"]):
+        table = _table("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
+        for row in results["rows"]:
+            if row["success_rate"] is None:
+                continue
+            low, high = row["wilson_95"]
+            d = row["paired_difference"]
+            table.add_row(
+                row["decoder"], f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})", str(row["n"]),
+                f"{d['points']:+.1f} ({d['wilson_95'][0]:+.1f} to {d['wilson_95'][1]:+.1f})" if d else "",
+                d["verdict"] if d else "equal by proof" if row["exact"] and row["reference"] != row["decoder"] else "",
+                d["to"] if d else "",
+            )  # fmt: skip
+        console.print(table)
     for name, reason in results["not_served"].items():
         console.print(f"not served: {name}: {reason}", highlight=False)
 

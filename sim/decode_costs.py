@@ -1,0 +1,277 @@
+"""What one decoder costs per observation: time, passes, FLOPs, time outside of the model, flips in bf16.
+
+All decoders run on the same observations, those of greedy episodes, with the context each had there (the chunk that was
+running, the actions executed), one decoder after the other on every observation, so that a slow moment of the machine
+hits all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from policies.vla_policy import VlaPolicy
+from sim.decode_entries import Entry
+from sim.evaluate import EvalConfig, evaluate
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import Decoded, DecodeInput
+from vla.decoding.costs import pass_costs
+from vla.errors import DataError
+from vla.models.suffix import TokenSuffix
+from vla.models.vla import Vla
+from vla.policy import InferContext, InferResult, Policy
+from vla.types import Observation
+
+_FLOP_CHUNKS = 6  # observations that FLOPs are counted on: counting takes a hundred times as long as running
+_FLIP_CHUNKS = 20  # observations that flips are counted on: passes in bf16 run in torch, one by one
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one decoder took per observation.
+
+    total_ms: image and text handling, prefix and decoding. pass_ms: the part of decode_ms inside passes over
+    tokens. actions: normalised, [T, A] each. flops: per chunk, prefix included. flips: share of chunks in which bf16
+    makes an exact decoder differ from greedy, None where not counted. window: tokens per pass, of decoders that say so.
+    """
+
+    total_ms: np.ndarray
+    decode_ms: np.ndarray
+    pass_ms: np.ndarray
+    passes: np.ndarray
+    tokens: np.ndarray
+    repaired: int
+    ids: list[tuple[int, ...]]
+    actions: list[np.ndarray]
+    flops: float
+    flips: float | None = None
+    window: int = 0
+
+
+class Recording:
+    """A policy that keeps what it was shown, up to `most` times, and counts which inferences ran no model and how long
+    those took."""
+
+    def __init__(self, policy: Policy, most: int = 0):
+        self._policy, self._most = policy, most
+        self.embodiment, self.horizon = policy.embodiment, policy.horizon
+        self.seen: list[tuple[Observation, InferContext]] = []
+        self.inferences = self.reused = 0
+        self.reuse_ms = 0.0
+
+    def reset(self, seed: int) -> None:
+        self._policy.reset(seed)
+
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        if len(self.seen) < self._most:
+            self.seen += zip(observations, contexts)
+        results = self._policy.infer_batch(observations, contexts)
+        self.inferences += len(results)
+        for result in results:
+            if result.report.reused:
+                self.reused += 1
+                self.reuse_ms += result.report.times_ms["total"]
+        return results
+
+
+def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> list[tuple[Observation, InferContext]]:
+    """`count` observations of the policy's own episodes, with their contexts."""
+    recording = Recording(policy, count)
+    episodes = 0
+    while len(recording.seen) < count:
+        if episodes >= 50 * count:
+            raise DataError("bench: the episodes end before the policy is asked. Check env and policy.")
+        evaluate(recording, replace(config, episodes=1, seed=config.seed + episodes, out=""))
+        episodes += 1
+    return recording.seen[:count]
+
+
+def costs(
+    policy: VlaPolicy,
+    entries: Sequence[Entry],
+    seen: Sequence[tuple[Observation, InferContext]],
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Cost]:
+    """Every entry on every observation. The first observations, which warm up, are run twice and counted once.
+
+    Of entries that reuse chunks this is the cost of a real forward; how many there are only episodes can tell.
+    """
+    rows: dict[str, list[tuple[InferResult, np.ndarray, float]]] = {entry.name: [] for entry in entries}
+    kept = policy.decoder, policy.selection
+    try:
+        with _timed_passes() as passes:
+            for index, (observation, context) in enumerate([*seen[:3], *seen]):
+                for entry in entries:
+                    entry.policy(policy)
+                    before = passes.ms
+                    result = policy.infer_batch([observation], [context])[0]
+                    if index >= 3:
+                        actions = policy.bundle.action_normalizer.normalize(result.chunk.actions)
+                        rows[entry.name].append((result, actions, passes.ms - before))
+                tick()
+        flops = {entry.name: _flops(policy, entry, seen[:_FLOP_CHUNKS]) for entry in entries}
+        flips = _flips(policy, entries, seen[:_FLIP_CHUNKS])
+    finally:
+        policy.decoder, policy.selection = kept
+    return {
+        name: Cost(
+            np.array([r.report.times_ms["total"] for r, _, _ in results]),
+            np.array([r.report.times_ms["decode"] for r, _, _ in results]),
+            np.array([ms for _, _, ms in results]),
+            np.array([r.report.passes for r, _, _ in results]),
+            np.array([len(r.report.ids) for r, _, _ in results]),
+            sum(r.report.repaired > 0 for r, _, _ in results),
+            [r.report.ids for r, _, _ in results],
+            [actions for _, actions, _ in results],
+            flops[name],
+            flips.get(name),
+            int(results[-1][0].report.notes.get("window", 0)),
+        )
+        for name, results in rows.items()
+    }
+
+
+def _flops(policy: VlaPolicy, entry: Entry, seen: Sequence[tuple[Observation, InferContext]]) -> float:
+    entry.policy(policy)
+    with _in_torch(), _Flops() as counter:
+        for observation, context in seen:
+            policy.infer_batch([observation], [context])
+    return counter.total / len(seen)
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up what torch's table says of each operation. (FlopCounterMode fails on parameters in inference mode.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # inference mode leaves composite operations whole
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
+
+
+@contextmanager
+def _in_torch() -> Iterator[None]:
+    """Passes in numpy cannot be counted: run them in torch."""
+    usual = Vla.host_weights
+    Vla.host_weights = lambda self, head: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Vla.host_weights = usual  # type: ignore[method-assign]
+
+
+@contextmanager
+def _timed_passes() -> Iterator[Any]:
+    """Adds up, in `ms`, the time spent in passes over tokens: the rest of decoding is the decoder's own."""
+
+    class Watch:
+        ms = 0.0
+
+    watch, inside = Watch(), [False]
+    usual = {name: getattr(TokenSuffix, name) for name in ("logits", "hidden", "through", "read")}
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if inside[0]:  # `logits` may call `hidden`
+                return method(*args, **kwargs)
+            inside[0], begin = True, time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                inside[0] = False
+                watch.ms += (time.perf_counter() - begin) * 1e3
+
+        return run
+
+    for name, method in usual.items():
+        setattr(TokenSuffix, name, timed(method))
+    try:
+        yield watch
+    finally:
+        for name, method in usual.items():
+            setattr(TokenSuffix, name, method)
+
+
+def _flips(
+    policy: VlaPolicy, entries: Sequence[Entry], seen: Sequence[tuple[Observation, InferContext]]
+) -> dict[str, float]:
+    """Of exact entries: the share of chunks whose tokens are not greedy's when the model computes in bf16, where passes
+    of different lengths round differently and near-ties fall the other way."""
+
+    def tokens(entry: Entry) -> list[tuple[int, ...]]:
+        entry.policy(policy)
+        with _in_torch(), torch.autocast(policy.device.type, torch.bfloat16):
+            return [policy.infer_batch([observation], [context])[0].report.ids for observation, context in seen]
+
+    said = {entry.name: tokens(entry) for entry in entries if entry.exact}
+    return {
+        entry.name: float(np.mean([a != b for a, b in zip(said[entry.name], said[entry.reference])]))
+        for entry in entries
+        if entry.exact and entry.reference in said
+    }
+
+
+class _Probe:
+    """A decoder that measures passes behind the prefix it is given, and answers zeros."""
+
+    exact = False
+
+    def __init__(self, head: str, repeats: int):
+        self.head, self.repeats = head, repeats
+        self.curve: dict[int, float] = {}
+
+    def check(self, bundle: Bundle) -> None: ...
+
+    def decode(self, given: DecodeInput) -> Decoded:
+        self.curve = pass_costs(TokenSuffix(given.bundle.model, given.prefix, self.head), self.repeats)
+        config = given.bundle.config
+        return Decoded(np.zeros((given.batch, config.horizon, config.action_dim), np.float32), 0)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """share: of inferences that ran no model. ms: mean of those."""
+
+    share: float = 0.0
+    ms: float = 0.0
+
+
+def reuse_share(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: int = 20) -> Reuse:
+    """In episodes, because a reuse changes what comes after it."""
+    kept = policy.decoder, policy.selection
+    recording = Recording(entry.policy(policy))
+    try:
+        evaluate(recording, replace(config, episodes=episodes, out=""))
+    finally:
+        policy.decoder, policy.selection = kept
+    return Reuse(recording.reused / max(1, recording.inferences), recording.reuse_ms / max(1, recording.reused))
+
+
+def cost_curve(
+    policy: VlaPolicy, head: str, seen: tuple[Observation, InferContext], repeats: int = 30
+) -> dict[int, float]:
+    """{tokens per pass: median milliseconds} of one head behind a prefix: what decoders choose windows from."""
+    probe = _Probe(head, repeats)
+    kept, policy.decoder = policy.decoder, probe
+    try:
+        policy.infer_batch([seen[0]], [seen[1]])
+    finally:
+        policy.decoder = kept
+    return probe.curve
