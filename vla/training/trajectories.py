@@ -16,7 +16,7 @@ from vla.models.suffix import TokenSuffix
 from vla.models.vla import Vla
 from vla.training.dataset import TrainingData
 
-_BATCH = 32
+_BATCH = 8  # a batch runs until its slowest sample is settled
 
 
 class Trajectories:
@@ -46,7 +46,7 @@ def collect(
 
     key: what the trajectories depend on beside the frames (the teacher's hash).
     """
-    digest = hashlib.sha256(json.dumps([key, head, frames.tolist()]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([key, head, _BATCH, frames.tolist()]).encode()).hexdigest()[:12]
     folder = folder / f"trajectories-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     values = model.config.horizon * model.config.action_dim
