@@ -25,6 +25,7 @@ from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import Decoded, DecodeInput
 from vla.decoding.costs import pass_costs
 from vla.errors import DataError
+from vla.models.heads import TokenHead
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Vla
 from vla.policy import InferContext, InferResult, Policy
@@ -32,6 +33,12 @@ from vla.types import Observation
 
 _FLOP_CHUNKS = 6  # observations that FLOPs are counted on: counting takes a hundred times as long as running
 _FLIP_CHUNKS = 20  # observations that flips are counted on: passes in bf16 run in torch, one by one
+# What counts as the model's own time in decoding.
+_MODEL: dict[type, tuple[str, ...]] = {
+    TokenSuffix: ("logits", "hidden", "through", "read"),
+    TokenHead: ("embed", "guesses"),
+    Vla: ("extend", "velocity", "noise", "parallel_actions"),
+}
 
 
 @dataclass(frozen=True)
@@ -179,13 +186,12 @@ def _in_torch() -> Iterator[None]:
 
 @contextmanager
 def _timed_passes() -> Iterator[Any]:
-    """Adds up, in `ms`, the time spent in passes over tokens: the rest of decoding is the decoder's own."""
+    """Adds up, in `ms`, the time spent in the model behind the prefix: the rest of decoding is the decoder's own."""
 
     class Watch:
         ms = 0.0
 
     watch, inside = Watch(), [False]
-    usual = {name: getattr(TokenSuffix, name) for name in ("logits", "hidden", "through", "read")}
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -200,13 +206,14 @@ def _timed_passes() -> Iterator[Any]:
 
         return run
 
-    for name, method in usual.items():
-        setattr(TokenSuffix, name, timed(method))
+    usual = {(of, name): getattr(of, name) for of, names in _MODEL.items() for name in names}
+    for (of, name), method in usual.items():
+        setattr(of, name, timed(method))
     try:
         yield watch
     finally:
-        for name, method in usual.items():
-            setattr(TokenSuffix, name, method)
+        for (of, name), method in usual.items():
+            setattr(of, name, method)
 
 
 def _flips(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, probabilities
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 
 
 class AutoregressiveDecoder(TokenDecoder):
@@ -27,23 +27,22 @@ class AutoregressiveDecoder(TokenDecoder):
         generators = [torch.Generator().manual_seed(hint.seed) for hint in hints] if self.temperature else []
         ids: list[list[int]] = [[] for _ in hints]
         remaining = [grammar.values] * len(hints)
-        token = torch.full((len(hints), 1), suffix.start_id, dtype=torch.long, device=suffix.device)
+        tokens = [suffix.start_id] * len(hints)
         rows: list[Tensor] = []
         while any(remaining):
-            logits = grammar.constrain(suffix.logits(token)[:, -1], remaining)
-            token = self._choose(logits, generators)
+            logits = grammar.constrain(suffix.logits([[token] for token in tokens])[:, -1], remaining)
+            tokens = self._choose(logits, generators)
             rows.append(logits)
-            for sample, chosen in enumerate(token[:, 0].tolist()):  # the pass's one wait for the device
+            for sample, chosen in enumerate(tokens):
                 if remaining[sample]:
                     ids[sample].append(chosen)
                     remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen])
         likely = probabilities(torch.stack(rows, dim=1), ids)
         return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], probabilities=likely)
 
-    def _choose(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """[B, V] -> int64[B, 1]"""
+    def _choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """[B, V] -> a token for each; the pass's one wait for the device."""
         if not generators:
-            return logits.argmax(dim=-1, keepdim=True)
+            return [row[0] for row in best_tokens(logits[:, None])]
         weights = (logits / self.temperature).softmax(dim=-1).cpu()
-        drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(weights, generators)]
-        return torch.stack(drawn).to(logits.device)
+        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in zip(weights, generators)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts
 from vla.decoding.costs import best_length, pass_costs
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 
 
 class JacobiDecoder(TokenDecoder):
@@ -60,8 +60,8 @@ class JacobiDecoder(TokenDecoder):
             width = min(window, suffix.room - base)
             inputs = [[token, *guess[: width - 1]] for token, guess in zip(last, guesses)]
             left = [grammar.before_each(r, guess[: width - 1]) for r, guess in zip(remaining, guesses)]
-            logits = grammar.constrain(suffix.logits(torch.tensor(inputs, device=suffix.device)), left)
-            updates = logits.argmax(dim=-1).tolist()
+            logits = grammar.constrain(suffix.logits(inputs), left)
+            updates = best_tokens(logits)
             passes += 1
             # Position j is settled when all guesses before it were right. A sample of a batch that has ended agrees
             # with anything; the others wait for the slowest, since the cache has one length.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from vla.models.heads import HybridHead, TokenHead
 from vla.models.host import MOST_TOKENS, HostSuffix
 from vla.models.vla import Prefix, Vla
+
+Ids = Tensor | Sequence[Sequence[int]]
 
 
 class TokenSuffix:
@@ -51,28 +56,33 @@ class TokenSuffix:
     def room(self) -> int:
         return self.prefix.cache.capacity - self._start
 
-    def logits(self, ids: Tensor, both_ways: bool = False) -> Tensor:
+    def logits(self, ids: Ids, both_ways: bool = False) -> Tensor:
         """Logits after each of Q new input tokens, written behind what the cache holds. int64[B, Q] -> [B, Q, V].
 
-        Causal among the new tokens unless both_ways. The cache advances by Q; roll back with `truncate`.
+        ids may be lists: where a pass runs on the host, making a tensor of them would be a tenth of it. Causal among
+        the new tokens unless both_ways. The cache advances by Q; roll back with `truncate`.
         """
-        if self.host is not None and ids.shape[1] <= MOST_TOKENS:
-            return torch.from_numpy(self.host.read(self._on_host(ids, both_ways)))[None]
+        count = _count(ids)
+        if self.host is not None and count <= MOST_TOKENS:
+            return torch.from_numpy(self.host.read(self._on_host(ids, count, both_ways))[None])
         return self.head.logits(self.hidden(ids, both_ways))
 
-    def hidden(self, ids: Tensor, both_ways: bool = False) -> Tensor:
+    def hidden(self, ids: Ids, both_ways: bool = False) -> Tensor:
         """As `logits`, before the read-out: [B, Q, D]."""
-        if self.host is not None and ids.shape[1] <= MOST_TOKENS:
-            return torch.from_numpy(self._on_host(ids, both_ways))[None]
+        count = _count(ids)
+        if self.host is not None and count <= MOST_TOKENS:
+            return torch.from_numpy(self._on_host(ids, count, both_ways)[None])
+        ids = ids if isinstance(ids, Tensor) else torch.tensor(ids, device=self.device)
         x = self.model.extend(self.prefix, self.expert, self.head.embed(ids), self.lead + self.length, both_ways)
-        self.prefix.cache.advance(ids.shape[1])
+        self.prefix.cache.advance(count)
         return self.model.transformer.finish(self.expert, x)
 
-    def _on_host(self, ids: Tensor, both_ways: bool):
+    def _on_host(self, ids: Ids, count: int, both_ways: bool) -> np.ndarray:
         assert self.host is not None
         start = self.prefix.cache.length
-        hidden = self.host.hidden(ids[0].tolist(), start - self.prefix.length, start, both_ways)
-        self.prefix.cache.advance(ids.shape[1])
+        row = ids[0].tolist() if isinstance(ids, Tensor) else ids[0]
+        hidden = self.host.hidden(row, start - self.prefix.length, start, both_ways)
+        self.prefix.cache.advance(count)
         return hidden
 
     def truncate(self, length: int) -> None:
@@ -96,3 +106,15 @@ class TokenSuffix:
         if self.host is not None and x.shape[1] <= MOST_TOKENS:
             return torch.from_numpy(self.host.read(self.host.finish(x[0].numpy())))[None]
         return self.head.logits(self.model.transformer.finish(self.expert, x))
+
+
+def _count(ids: Ids) -> int:
+    return ids.shape[1] if isinstance(ids, Tensor) else len(ids[0])
+
+
+def best_tokens(logits: Tensor) -> list[list[int]]:
+    """The most probable ones, [B, Q, V] -> B lists of Q; the one wait for the device that a greedy pass needs."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # on a few rows numpy is several times as fast
+        out: list[list[int]] = logits.detach().numpy().argmax(axis=-1).tolist()
+        return out
+    return logits.argmax(dim=-1).tolist()
