@@ -160,6 +160,8 @@ def test_the_command_prints_and_writes(tiny_bundle, tmp_path, capsys) -> None:
     assert "greedy FAST" in out and "jacobi FAST, 4" in out and "a pass over so many tokens" in out
     results = json.loads((tmp_path / "decode.json").read_text())
     assert [row["decoder"] for row in results["rows"]] == ["greedy FAST", "jacobi FAST, 4"]
+    page = (tmp_path / "decode.md").read_text().splitlines()
+    assert {line.count("|") for line in page if line.startswith("|")} == {15} and "| jacobi FAST, 4 | yes |" in page[-1]
     assert results["bundle_hash"] and np.isfinite(results["rows"][0]["ms_per_chunk"]["p50"])
     assert main.main([*arguments, "--only", "jacobbi"]) == 2
     assert "Did you mean" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     results = measure(args, console)
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "decode.json", json.dumps(results, indent=1))
+    write_text(args.out / "decode.md", markdown(results))
     if args.episodes:
         plot(results["rows"], args.out / "decode.png")
     if args.json:
@@ -156,54 +157,76 @@ def _progress(console: Any, name: str, total: int) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-def _table(*titles: str) -> Any:
-    from rich.table import Table
+COSTS = ("decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s", "MFLOP",
+         "reused", "equal", "bf16 flips", "rms", "overhead")  # fmt: skip
+SUCCESS = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
-    return table
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    return [
+        row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}",
+        "" if row["tokens_per_pass"] is None else f"{row['tokens_per_pass']:.1f}",
+        f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
+        *(f"{row['speedups'][name]:.2f}" if name in row["speedups"] else "" for name in REFERENCES),
+        f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}", _percent(row["reused"] or None),
+        _percent(row["same_chunks"]), _percent(row["bf16_flips"]), f"{row['rms_to_reference']:.3f}",
+        _percent(row["overhead"]),
+    ]  # fmt: skip
+
+
+def _success(row: dict[str, Any]) -> list[str]:
+    low, high = row["wilson_95"]
+    d = row["paired_difference"]
+    return [
+        row["decoder"], f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})", str(row["n"]),
+        f"{d['points']:+.1f} ({d['wilson_95'][0]:+.1f} to {d['wilson_95'][1]:+.1f})" if d else "",
+        d["verdict"] if d else "equal by proof" if row["exact"] and row["reference"] != row["decoder"] else "",
+        d["to"] if d else "",
+    ]  # fmt: skip
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def tables(results: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str]]]]:
+    """(titles, lines) of costs and, if any episodes ran, of success."""
+    ran = [row for row in results["rows"] if row["success_rate"] is not None]
+    out = [(COSTS, [_costs(row) for row in results["rows"]])]
+    return [*out, (SUCCESS, [_success(row) for row in ran])] if ran else out
+
+
+def curves(results: dict[str, Any]) -> list[str]:
+    """What passes cost, a line per head."""
+    return [
+        f"a pass over so many tokens, head {head}, ms (times that of one): "
+        + ", ".join(f"{count}: {ms:.2f} ({ms / curve[1]:.1f})" for count, ms in curve.items())
+        for head, curve in results["pass_ms"].items()
+    ]
+
+
 def show(results: dict[str, Any], console: Any) -> None:
-    """The results as tables."""
-    for head, curve in results["pass_ms"].items():
-        one = curve[1]
-        words = ", ".join(f"{count}: {ms:.2f} ({ms / one:.1f})" for count, ms in curve.items())
-        console.print(f"a pass over so many tokens, head {head}, ms (times that of one): {words}", highlight=False)
-    table = _table("decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s",
-                   "MFLOP", "reused", "equal", "bf16 flips", "rms", "overhead")  # fmt: skip
-    for row in results["rows"]:
-        table.add_row(
-            row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}",
-            "" if row["tokens_per_pass"] is None else f"{row['tokens_per_pass']:.1f}",
-            f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
-            *(f"{row['speedups'][name]:.2f}" if name in row["speedups"] else "" for name in REFERENCES),
-            f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}", _percent(row["reused"] or None),
-            _percent(row["same_chunks"]), _percent(row["bf16_flips"]), f"{row['rms_to_reference']:.3f}",
-            _percent(row["overhead"]),
-        )  # fmt: skip
-    console.print(table)
-    if any(row["success_rate"] is not None for row in results["rows"]):
-        table = _table("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
-        for row in results["rows"]:
-            if row["success_rate"] is None:
-                continue
-            low, high = row["wilson_95"]
-            d = row["paired_difference"]
-            table.add_row(
-                row["decoder"], f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})", str(row["n"]),
-                f"{d['points']:+.1f} ({d['wilson_95'][0]:+.1f} to {d['wilson_95'][1]:+.1f})" if d else "",
-                d["verdict"] if d else "equal by proof" if row["exact"] and row["reference"] != row["decoder"] else "",
-                d["to"] if d else "",
-            )  # fmt: skip
+    from rich.table import Table
+
+    for line in curves(results):
+        console.print(line, highlight=False)
+    for titles, lines in tables(results):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in titles:
+            table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
         console.print(table)
     for name, reason in results["not_served"].items():
         console.print(f"not served: {name}: {reason}", highlight=False)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same for a page of documentation."""
+    parts = [*(f"- {line}" for line in curves(results)), ""]
+    for titles, lines in tables(results):
+        parts += [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines)] + [""]
+    return "\n".join(parts)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
