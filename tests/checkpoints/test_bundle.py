@@ -1,5 +1,6 @@
 """Bundles: complete or refused, plain data only."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,9 @@ import torch
 
 from vla.checkpoints import bundle as bundles
 from vla.errors import BundleError
+from vla.models.pruning import RegisterConfig
+from vla.models.vla import Vla
+from vla.resources import bundle_path
 
 
 @pytest.fixture
@@ -100,3 +104,30 @@ def test_a_class_path_in_a_file_is_never_followed(copy) -> None:
     edit(copy, lambda content: content["model"].update(_target_="os.system"))
     with pytest.raises(BundleError, match="_target_"):
         bundles.load(copy)
+
+
+def test_registers_are_part_of_a_bundle_and_absent_where_there_are_none(copy, tmp_path) -> None:
+    plain = bundles.load(copy)
+    assert plain.config.registers is None
+    assert "registers" not in json.loads((copy / bundles.MARKER).read_text())["model"]  # as before there were any
+    config = dataclasses.replace(plain.config, registers=RegisterConfig(3, 1))
+    bundles.save(dataclasses.replace(plain, model=Vla(config)), tmp_path / "with")
+    again = bundles.load(tmp_path / "with")
+    assert again.config == config and again.model.registers.shape == (3, 32)
+    for change, message in (
+        (lambda registers: registers.update(cuont=3), "Did you mean 'count'"),
+        (lambda registers: registers.pop("layer"), "layer"),
+        (lambda registers: registers.update(layer=9), "at most the depth, 2"),
+        (lambda registers: registers.update(count=4), "registers"),  # not that many weights
+    ):
+        edited = shutil.copytree(tmp_path / "with", tmp_path / "edited", dirs_exist_ok=True)
+        edit(edited, lambda content, change=change: change(content["model"]["registers"]))
+        with pytest.raises(BundleError, match=message):
+            bundles.load(edited)
+
+
+def test_a_bundle_from_before_there_were_registers_loads_and_is_written_as_it_was(tmp_path) -> None:
+    shipped = bundle_path("tabletop")
+    bundle = bundles.load(shipped)
+    assert bundle.config.registers is None
+    assert bundles.save(bundle, tmp_path / "again") == bundle.fingerprint

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
-from vla.models.transformer import ExpertConfig, Transformer, TransformerConfig
+from vla.models.transformer import ExpertConfig, Transformer, TransformerConfig, additive
 
 
 def make(experts=((48, 96), (32, 64)), **changes) -> Transformer:
@@ -117,6 +117,28 @@ def test_segment_mask_rules() -> None:
         [1, 1, 0, 0, 1, 1, 1],  # hidden_from holds; a block sees itself in both directions
         [1, 1, 0, 0, 1, 1, 1],
     ]
+
+
+def test_a_segment_can_name_the_only_ones_that_see_it() -> None:
+    seers = ("image", "registers")
+    spans = [
+        Span("image", 1, MaskRule.PREFIX, seen_by=seers),
+        Span("registers", 1, MaskRule.PREFIX),
+        Span("text", 1, MaskRule.PREFIX),
+        Span("action", 2, MaskRule.CAUSAL),
+    ]
+    seen = segment_mask(spans, torch.ones(1, 5, dtype=torch.bool))[0].int().tolist()
+    assert seen == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
+@torch.inference_mode()
+def test_places_made_before_give_the_same_pass() -> None:
+    model = make()
+    x, y, valid, mask = sequence(model)
+    positions = positions_of(valid)
+    plain = model([x, y], positions, mask)
+    made = model([x, y], model.rotary(positions), additive(mask, x.dtype))
+    assert all(torch.equal(a, b) for a, b in zip(plain, made))
 
 
 def test_adaptive_norm_starts_as_the_plain_one() -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from vla.data.normalize import Normalizer
 from vla.embodiment import Embodiment
 from vla.errors import BundleError, VlaError, explain, nearest
 from vla.models.heads import HeadConfig
+from vla.models.pruning import RegisterConfig
 from vla.models.transformer import ExpertConfig, TransformerConfig
 from vla.models.vision import CameraEncoderConfig
 from vla.models.vla import ModelConfig, Vla
@@ -203,21 +204,26 @@ CONSTRUCTORS: dict[tuple[type, str], type] = {
     (ModelConfig, "cameras"): CameraEncoderConfig,
     (ModelConfig, "transformer"): TransformerConfig,
     (ModelConfig, "heads"): HeadConfig,
+    (ModelConfig, "registers"): RegisterConfig,
     (TransformerConfig, "experts"): ExpertConfig,
 }
+
+# Fields that are younger than the format. A bundle holds them only where they are not at their default, so older ones
+# load, and what needs none of this is written as before.
+YOUNGER = {(ModelConfig, "registers")}
 
 
 def _construct(kind: type, data: Any, where: str) -> Any:
     names = {f.name for f in dataclasses.fields(kind)}
     if not isinstance(data, dict):
         raise BundleError(explain(where, f"the fields of {kind.__name__}", type(data).__name__, "Export it again."))
-    _check_keys(where, data, names)
+    _check_keys(where, data, names, {name for owner, name in YOUNGER if owner is kind})
     values = {}
     for key, value in data.items():
         inner = CONSTRUCTORS.get((kind, key))
         if inner is not None and isinstance(value, list):
             value = tuple(_construct(inner, item, f"{where}.{key}[{i}]") for i, item in enumerate(value))
-        elif inner is not None:
+        elif inner is not None and value is not None:
             value = _construct(inner, value, f"{where}.{key}")
         elif isinstance(value, list):
             value = tuple(value)
@@ -225,18 +231,22 @@ def _construct(kind: type, data: Any, where: str) -> Any:
     return kind(**values)
 
 
-def _check_keys(where: str, data: Mapping[str, Any], known: set[str]) -> None:
+def _check_keys(where: str, data: Mapping[str, Any], known: set[str], optional: Collection[str] = ()) -> None:
     for key in data:
         if key not in known:
             raise BundleError(f"{where}: unknown key {key!r}. {nearest(key, known)}")
-    missing = sorted(known - set(data))
+    missing = sorted(known - set(optional) - set(data))
     if missing:
         raise BundleError(explain(where, "all keys", f"no {missing}", "The bundle is incomplete; export it again."))
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if (type(value), f.name) not in YOUNGER or getattr(value, f.name) != f.default
+        }
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

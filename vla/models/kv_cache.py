@@ -95,6 +95,14 @@ class PrefixMemory:
     def behind(self) -> PrefixMemory:
         return PrefixMemory(self._layers)
 
+    def picked(self, places: Tensor, layers: int, room: int) -> PrefixMemory:
+        """As KVCache.picked; there is always room."""
+        out = PrefixMemory()
+        for pair in self._layers[:layers]:
+            keys, values = (x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in pair)
+            out._layers.append((keys, values))
+        return out
+
     def write(self, layer: int, keys: Tensor, values: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
         """As KVCache.write; the index is ignored."""
         if self._before is None:

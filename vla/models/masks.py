@@ -28,6 +28,7 @@ class Span:
 
     branch: "" for the trunk that all see; segments of two branches neither see each other nor move each other's
     positions: each continues the trunk as if the others were not there. That is how several heads train in one pass.
+    seen_by: kinds of the only segments that may attend to it, its own among them; () for no such limit.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Span:
     rule: MaskRule
     hidden_from: tuple[str, ...] = ()
     branch: str = ""
+    seen_by: tuple[str, ...] = ()
 
 
 def segment_mask(spans: Sequence[Span], valid: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def segment_mask(spans: Sequence[Span], valid: Tensor) -> Tensor:
         rows = slice(q0, q0 + query.length)
         for k, (key, k0) in enumerate(zip(spans, starts)):
             cols = slice(k0, k0 + key.length)
-            if key.branch not in ("", query.branch):
+            if key.branch not in ("", query.branch) or (key.seen_by and query.kind not in key.seen_by):
                 continue
             if q == k:
                 block = torch.ones(query.length, query.length, dtype=torch.bool, device=device)

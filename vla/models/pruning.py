@@ -1,5 +1,6 @@
-"""Visual-token pruning by information contribution (FlashVLA, arXiv 2505.21200; TokenCarve), and what a prefix costs.
+"""Visual tokens that leave a prefix after some layers, and what a prefix costs. Two ways to let them go.
 
+TokenSelection: pruning by information contribution (FlashVLA, arXiv 2505.21200; TokenCarve), of any trained model.
 After `layer` layers the visual rows of the hidden states, H [N, d] = U S V^T, say how much each token contributes:
 score(x) = sum over i <= r of |u_xi s_i|, the L1 norm of the token in the first r principal axes. No attention map is
 needed. Only U S matters, and H H^T = U S^2 U^T, so an eigendecomposition of the N x N Gram matrix gives it, far sooner
@@ -12,6 +13,13 @@ rotary positions, no pass behind the prefix has to know of pruning, and each of 
 remain in the first layers were still computed among all tokens, and every survivor keeps its rotary position; what is
 lost beyond the paper's form is the suffix's own look at dropped tokens in the first `layer` layers. With all tokens
 kept nothing changes, bit for bit.
+
+RegisterConfig: Victor (Wen et al. 2024, arXiv 2410.14072), which a model is trained with. Learned registers stand
+behind the visual tokens; after `layer` layers all visual tokens leave, and registers, points, text and state go on with
+the positions they have. Until then registers see everything, and visual tokens are seen by registers and each other
+only: all that text, state and suffixes learn of the grids comes through a register, which has read the words. So no
+pass behind the prefix misses a dropped entry, in training as in decoding, and entries leave every layer here too. (In a
+causal language model, as the paper's, text behind the registers can still look at visual tokens in the first layers.)
 """
 
 from __future__ import annotations
@@ -26,6 +34,24 @@ from vla.errors import ConfigError, explain
 
 if TYPE_CHECKING:
     from vla.models.vla import ModelConfig
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """Learned tokens that take over from the visual ones. Plain data: part of a model.
+
+    count: R (the paper: 8). layer: K, layers that run with visual tokens, from 1 to the depth; at the depth none ever
+    leaves, and registers are R more tokens of an ordinary prefix.
+    """
+
+    count: int = 8
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(explain("model.registers", "at least 1", self.count, "The paper uses 8; 0 for none."))
+        if self.layer < 1:
+            raise ConfigError(explain("model.register_layer", "at least 1", self.layer, "Registers have to look once."))
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,10 @@ class TokenSelection:
     def check(self, config: ModelConfig) -> None:
         """ConfigError when this model cannot be pruned so."""
         depth, tokens = config.transformer.depth, config.visual_tokens
+        if config.registers is not None:
+            got = f"{config.registers.count} registers"
+            remedy = "Its visual tokens leave already: run it without pruning, and without reuse, which asks for it."
+            raise ConfigError(explain("pruning", "a model without registers", got, remedy))
         if self.layer >= depth:
             raise ConfigError(explain("pruning.layer", f"below the depth, {depth}", self.layer, "Prune sooner."))
         if self.count(tokens) > tokens:
@@ -71,13 +101,19 @@ class TokenSelection:
         best = scores.topk(self.count(len(places)), dim=1).indices
         return places[best.sort(dim=1).values]
 
-    def survivors(self, kept: Tensor, places: Tensor, length: int) -> Tensor:
-        """Places of all tokens that stay, int64[B, P'], ascending: all P but the visual ones that are not in `kept`."""
-        stays = torch.ones(len(kept), length, dtype=torch.bool, device=kept.device)
-        stays[:, places] = False
+
+def survivors(kept: Tensor | None, places: Tensor, valid: Tensor) -> Tensor:
+    """Places of the tokens that stay, int64[B, P'], ascending: all P but the visual ones, at `places`, not in `kept`.
+
+    valid: bool[B, P], for the shape; padding stays.
+    """
+    stays = torch.ones_like(valid)
+    stays[:, places] = False
+    count = valid.shape[1] - len(places)  # known on the host: no wait for the device
+    if kept is not None:
         stays.scatter_(1, kept, True)
-        count = length - len(places) + kept.shape[1]  # known on the host: no wait for the device
-        return stays.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+        count += kept.shape[1]
+    return stays.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def contributions(rows: Tensor) -> Tensor:
@@ -101,13 +137,16 @@ def prefix_flops(config: ModelConfig, selection: TokenSelection | None = None) -
     transformer = config.transformer
     expert, inner = transformer.experts[0], transformer.heads * transformer.head_dim
     wide = inner + 2 * transformer.kv_heads * transformer.head_dim
-    visual = config.visual_tokens
+    visual, leave = config.visual_tokens, config.visual_layers if selection is None else selection.layer
     length = sum(camera.tokens for camera in config.cameras) + config.text_length + 1
+    length += config.registers.count if config.registers is not None else 0
     total = 0
     for layer in range(transformer.depth):
-        if selection is not None and layer == selection.layer:
-            total += 2 * visual**2 * expert.width + 9 * visual**3
-            length -= visual - selection.count(visual) if selection.drop else 0
+        if layer == leave:
+            if selection is not None:
+                total += 2 * visual**2 * expert.width + 9 * visual**3
+            if selection is None or selection.drop:
+                length -= visual - (0 if selection is None else selection.count(visual))
         total += 2 * length * expert.width * wide
         if layer < transformer.depth - 1:  # the last layer stops at its keys and values
             total += 4 * length**2 * inner + 2 * length * inner * expert.width

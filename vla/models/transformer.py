@@ -135,7 +135,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         streams: Sequence[Tensor | None],
-        positions: Tensor,
+        positions: Tensor | tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | PrefixMemory | None = None,
         write_index: int | Tensor = 0,
@@ -147,31 +147,18 @@ class Transformer(nn.Module):
 
         streams: one [B, Q_e, D_e] per expert, or None for an expert that is not in this pass. positions: int[B, Q],
         Q the sum of Q_e. mask: bool[B, Q, K], K the keys seen: Q without a cache, else what the cache returns for
-        this write (see KVCache.write); None means every query sees every key. cache, write_index: where the Q new
+        this write (see KVCache.write); None means every query sees every key. Many passes over the same places take
+        what `rotary` made of the positions and what `additive` made of the mask. cache, write_index: where the Q new
         entries go. layers: default all. condition: [B, C] for experts with adaptive norms. fill_only: only the cache
         is wanted; the last of the layers stops at its keys and values, and the streams come out as they entered it.
         """
-        bias = None if mask is None else additive(mask, next(x.dtype for x in streams if x is not None))
-        return self.run(streams, self.rotary(positions), bias, cache, write_index, layers, condition, fill_only)
-
-    def run(
-        self,
-        streams: Sequence[Tensor | None],
-        rotary: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        cache: KVCache | PrefixMemory | None = None,
-        write_index: int | Tensor = 0,
-        layers: range | None = None,
-        condition: Tensor | None = None,
-        fill_only: bool = False,
-    ) -> list[Tensor | None]:
-        """`forward` with what depends only on places made before: rotary, and bias [B, Q, K] (see `additive`)."""
         present = [i for i, x in enumerate(streams) if x is not None]
         hidden = [x for x in streams if x is not None]
         sizes = [x.shape[1] for x in hidden]
-        config, (cos, sin) = self.config, rotary
-        if bias is not None:
-            bias = self._spread(bias)
+        config, (cos, sin) = self.config, self.rotary(positions) if isinstance(positions, Tensor) else positions
+        bias = mask
+        if mask is not None:
+            bias = self._spread(additive(mask, hidden[0].dtype) if mask.dtype == torch.bool else mask)
         layers = range(config.depth) if layers is None else layers
         for index in layers:
             layer = self._experts[index]

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vla.errors import ConfigError, explain
 from vla.models.heads import FlowHead, HeadConfig, HybridHead, ParallelHead, RegressionHead, TokenHead
 from vla.models.host import HostWeights
 from vla.models.kv_cache import KVCache, PrefixMemory
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
-from vla.models.pruning import TokenSelection
+from vla.models.pruning import RegisterConfig, TokenSelection, survivors
 from vla.models.transformer import Transformer, TransformerConfig, additive
 from vla.models.vision import CameraEncoder, CameraEncoderConfig
+
+Memory = TypeVar("Memory", KVCache, PrefixMemory)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class ModelConfig:
     of the text tokenizer. heads: at least one, each with a name of its own. auxiliary: {name: size}, read-outs of the
     state token that only training uses. text_queries: how many learned queries read the instruction for the image
     encoders (FiLM), 0 for encoders that do not know it. look: size of a linear read-out of the first camera's points
-    token, only for training, 0 for none.
+    token, only for training, 0 for none. registers: tokens that replace the visual ones after some layers, None for
+    visual tokens in every layer; see vla.models.pruning.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -45,6 +50,7 @@ class ModelConfig:
     auxiliary: Mapping[str, int] = field(default_factory=dict)
     text_queries: int = 0
     look: int = 0
+    registers: RegisterConfig | None = None
 
     def __post_init__(self) -> None:
         if self.look and not self.cameras[0].points:
@@ -61,6 +67,9 @@ class ModelConfig:
                     f"heads.{head.name}: expected an expert with condition_width {'above ' * (head.kind == 'flow')}0, "
                     f"got {experts[head.expert].condition_width}"
                 )
+        if self.registers is not None and self.registers.layer > self.transformer.depth:
+            depth, layer = self.transformer.depth, self.registers.layer
+            raise ConfigError(explain("model.register_layer", f"at most the depth, {depth}", layer, "Lower it."))
 
     def head(self, name: str) -> HeadConfig:
         return next(head for head in self.heads if head.name == name)
@@ -69,6 +78,11 @@ class ModelConfig:
     def visual_tokens(self) -> int:
         """Grid tokens of all images; the tokens of points, which pruning never drops, are not counted."""
         return sum(camera.grid**2 for camera in self.cameras)
+
+    @property
+    def visual_layers(self) -> int:
+        """How many layers visual tokens run through: the depth, unless registers take over sooner."""
+        return self.transformer.depth if self.registers is None else self.registers.layer
 
     @property
     def suffix_room(self) -> int:
@@ -82,7 +96,7 @@ class ModelConfig:
 class Segment:
     """A run of tokens of one kind: the unit from which training sequences and masks are built.
 
-    embeddings: [B, n, D of its expert]. valid: bool[B, n], False for padding. hidden_from, branch: see Span.
+    embeddings: [B, n, D of its expert]. valid: bool[B, n], False for padding. hidden_from, branch, seen_by: see Span.
     """
 
     kind: str
@@ -92,10 +106,16 @@ class Segment:
     rule: MaskRule
     hidden_from: tuple[str, ...] = ()
     branch: str = ""
+    seen_by: tuple[str, ...] = ()
 
     @property
     def span(self) -> Span:
-        return Span(self.kind, self.embeddings.shape[1], self.rule, self.hidden_from, self.branch)
+        return Span(self.kind, self.embeddings.shape[1], self.rule, self.hidden_from, self.branch, self.seen_by)
+
+    @property
+    def visual(self) -> bool:
+        """Whether these are the grid tokens of a camera."""
+        return self.kind.startswith("image:")
 
 
 @dataclass
@@ -156,6 +176,8 @@ class Vla(nn.Module):
         self.look = nn.Linear(width, config.look) if config.look else None
         self._host: dict[str, HostWeights] = {}
         nn.init.normal_(self.text.weight, std=0.02)
+        registers = config.registers
+        self.registers = None if registers is None else nn.Parameter(torch.randn(registers.count, width) * 0.02)
 
     def _make_head(self, head: HeadConfig) -> nn.Module:
         config, expert = self.config, self.config.transformer.experts[head.expert]
@@ -176,11 +198,22 @@ class Vla(nn.Module):
         segments = []
         words = self.text(text)
         summary = None if self.summary is None else self.summary(words, text_valid)
+        seen_by: tuple[str, ...] = ()
+        if self.config.visual_layers < self.config.transformer.depth:
+            seen_by = (*(f"image:{camera.name}" for camera in self.config.cameras), "registers")
         for camera in self.config.cameras:
             if camera.name not in images:
                 raise KeyError(f"camera {camera.name!r} is missing, got {sorted(images)}")
             tokens = self.cameras[camera.name](images[camera.name], summary)
-            segments.append(Segment(f"image:{camera.name}", 0, tokens, _all_valid(tokens), MaskRule.PREFIX))
+            grid, points = tokens.tensor_split((camera.grid**2,), dim=1)
+            segments.append(
+                Segment(f"image:{camera.name}", 0, grid, _all_valid(grid), MaskRule.PREFIX, seen_by=seen_by)
+            )
+            if camera.points:
+                segments.append(Segment(f"points:{camera.name}", 0, points, _all_valid(points), MaskRule.PREFIX))
+        if self.registers is not None:
+            tokens = self.registers.expand(batch, -1, -1)
+            segments.append(Segment("registers", 0, tokens, _all_valid(tokens), MaskRule.PREFIX))
         segments.append(Segment("text", 0, words, text_valid, MaskRule.PREFIX))
         token = self.state(state.to(self.state[0].weight.dtype)).view(batch, 1, -1)
         segments.append(Segment("state", 0, token, _all_valid(token), MaskRule.PREFIX))
@@ -209,29 +242,40 @@ class Vla(nn.Module):
     def run_with_exits(
         self, segments: Sequence[Segment], exits: Sequence[int], condition: Tensor | None = None
     ) -> list[list[Tensor]]:
-        """As `run`, read after each number of layers in `exits` too, ascending; the whole depth comes last."""
+        """As `run`, read after each number of layers in `exits` too, ascending; the whole depth comes last.
+
+        With registers, segments of visual tokens are empty where they have left.
+        """
         order = [segment.expert for segment in segments]
         if order != sorted(order):
             raise ValueError(f"segments: expected ordered by expert, got experts {order}")
         valid = torch.cat([segment.valid for segment in segments], dim=1)
         spans = [segment.span for segment in segments]
+        sizes = [span.length for span in spans]
         mask = segment_mask(spans, valid)
         count = len(self.config.transformer.experts)
-        streams = [
-            torch.cat(parts, dim=1) if (parts := [s.embeddings for s in segments if s.expert == e]) else None
-            for e in range(count)
-        ]
-        positions, depth = positions_of(valid, spans), self.config.transformer.depth
+        parts = [[segment.embeddings for segment in segments if segment.expert == e] for e in range(count)]
+        streams = [torch.cat(part, dim=1) if part else None for part in parts]
+        positions, depth, leave = positions_of(valid, spans), self.config.transformer.depth, self.config.visual_layers
         read, done = [], 0
         for until in (*exits, depth):
-            streams = self.transformer(streams, positions, mask, layers=range(done, until), condition=condition)
+            for layers in (range(done, min(until, leave)), range(max(done, leave), until)):
+                if not layers:
+                    continue
+                if layers.start == leave and streams[0] is not None:
+                    places = _visual_places(segments)
+                    stay = survivors(None, places, valid)
+                    own = stay[:, : streams[0].shape[1] - len(places)]
+                    streams = [_rows(streams[0], own), *streams[1:]]
+                    positions, mask = positions.gather(1, stay), _square(mask, stay)
+                    sizes = [0 if segment.visual else size for segment, size in zip(segments, sizes)]
+                streams = self.transformer(streams, positions, mask, layers=layers, condition=condition)
             done = until
             finished = [None if x is None else self.transformer.finish(e, x, condition) for e, x in enumerate(streams)]
             offsets = [0] * count
             out = []
-            for segment in segments:
-                start, length = offsets[segment.expert], segment.embeddings.shape[1]
-                stream = finished[segment.expert]
+            for segment, length in zip(segments, sizes):
+                start, stream = offsets[segment.expert], finished[segment.expert]
                 assert stream is not None
                 out.append(stream[:, start : start + length])
                 offsets[segment.expert] += length
@@ -245,18 +289,16 @@ class Vla(nn.Module):
 
         Each branch attends to the trunk and itself only, so many long ones cost what they cost alone.
         """
-        depth, memory = self.config.transformer.depth, PrefixMemory()
+        depth = self.config.transformer.depth
+        begin = torch.cat([segment.valid for segment in trunk], dim=1).sum(dim=1, keepdim=True)
         with torch.no_grad():
-            valid = torch.cat([segment.valid for segment in trunk], dim=1)
-            mask = segment_mask([segment.span for segment in trunk], valid)
-            joined = torch.cat([segment.embeddings for segment in trunk], dim=1)
-            self.transformer(self._streams(0, joined), positions_of(valid), mask, memory, fill_only=True)
+            memory, valid, _ = self._fill(trunk, PrefixMemory())
         read: list[list[Tensor]] = [[] for _ in range(len(exits) + 1)]
         for segment in branches:
             span = replace(segment.span, branch="")
             own = segment_mask([span], segment.valid)
             mask = torch.cat((valid[:, None].expand(-1, span.length, -1), own), dim=2)
-            positions = valid.sum(dim=1, keepdim=True) + positions_of(segment.valid)
+            positions = begin + positions_of(segment.valid)
             stream, done = segment.embeddings, 0
             for place, until in enumerate((*exits, depth)):
                 layers = range(done, until)
@@ -274,31 +316,16 @@ class Vla(nn.Module):
     ) -> Prefix:
         """Run prefix segments once into a fresh cache with room for `suffix_tokens` more.
 
-        selection: which visual tokens to keep, or to score, on the way; see vla.models.pruning.
+        selection: which visual tokens to keep, or to score, on the way; see vla.models.pruning. ConfigError when the
+        model cannot be pruned so.
         """
-        valid = torch.cat([segment.valid for segment in segments], dim=1)
-        mask = segment_mask([segment.span for segment in segments], valid)
-        batch, length = valid.shape
-        positions, begin = positions_of(valid), valid.sum(dim=1)[:, None]
-        layers, kept = range(self.config.transformer.depth), None
-        cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
-        streams = self._streams(0, torch.cat([segment.embeddings for segment in segments], dim=1))
         if selection is not None:
-            first, layers = layers[: selection.layer], layers[selection.layer :]
-            x = self.transformer(streams, positions, mask, cache, 0, first)[0]
-            assert x is not None
-            places = self._visual_places(segments, valid.device)
-            kept = selection.choose(x, places, valid)
-            if selection.drop:
-                stay = selection.survivors(kept, places, length)
-                length = stay.shape[1]
-                cache = cache.picked(stay, len(first), suffix_tokens)
-                x = x.gather(1, stay[..., None].expand(-1, -1, x.shape[2]))
-                positions, valid = positions.gather(1, stay), valid.gather(1, stay)
-                mask = mask.gather(1, stay[..., None].expand(-1, -1, mask.shape[2]))
-                mask = mask.gather(2, stay[:, None].expand(-1, length, -1))
-            streams = self._streams(0, x)
-        self.transformer(streams, positions, mask, cache, 0, layers, fill_only=True)
+            selection.check(self.config)
+        begin = torch.cat([segment.valid for segment in segments], dim=1).sum(dim=1, keepdim=True)
+        batch, length = len(begin), sum(segment.embeddings.shape[1] for segment in segments)
+        cache = self.transformer.new_cache(batch, length + suffix_tokens, segments[0].embeddings.dtype)
+        cache, valid, kept = self._fill(segments, cache, suffix_tokens, selection)
+        length = valid.shape[1]
         cache.advance(length)
         steps = torch.arange(suffix_tokens, device=valid.device)
         seen = torch.cat(
@@ -310,15 +337,31 @@ class Vla(nn.Module):
         )
         return Prefix(cache, length, self.transformer.rotary(begin + steps), additive(seen, cache.keys.dtype), kept)
 
-    def _visual_places(self, segments: Sequence[Segment], device: torch.device) -> Tensor:
-        """Where the grid tokens of the images stand in a prefix, int64[N]."""
-        grids = {f"image:{camera.name}": camera.grid**2 for camera in self.config.cameras}
-        places: list[int] = []
-        start = 0
-        for segment in segments:
-            places += range(start, start + grids.get(segment.kind, 0))
-            start += segment.embeddings.shape[1]
-        return torch.tensor(places, device=device)
+    def _fill(
+        self, segments: Sequence[Segment], memory: Memory, room: int = 0, selection: TokenSelection | None = None
+    ) -> tuple[Memory, Tensor, Tensor | None]:
+        """Run prefix segments into a fresh memory; visual tokens leave on the way when registers or `selection` say so.
+
+        Returns a memory of the entries that stay, with `room` for more, their valid bool[B, P'], and `Prefix.kept`.
+        """
+        valid = torch.cat([segment.valid for segment in segments], dim=1)
+        mask = segment_mask([segment.span for segment in segments], valid)
+        x, positions = torch.cat([segment.embeddings for segment in segments], dim=1), positions_of(valid)
+        layers, kept = range(self.config.transformer.depth), None
+        leave = self.config.visual_layers if selection is None else selection.layer
+        if leave < len(layers):
+            first, layers = layers[:leave], layers[leave:]
+            out = self.transformer(self._streams(0, x), positions, mask, memory, 0, first)[0]
+            assert out is not None
+            x, places = out, _visual_places(segments)
+            kept = None if selection is None else selection.choose(x, places, valid)
+            if selection is None or selection.drop:
+                stay = survivors(kept, places, valid)
+                memory = memory.picked(stay, len(first), room)
+                x, mask = _rows(x, stay), _square(mask, stay)
+                positions, valid = positions.gather(1, stay), valid.gather(1, stay)
+        self.transformer(self._streams(0, x), positions, mask, memory, 0, layers, fill_only=True)
+        return memory, valid, kept
 
     def extend(
         self, prefix: Prefix, expert: int, x: Tensor, at: int, both_ways: bool = False,
@@ -334,7 +377,7 @@ class Vla(nn.Module):
         bias = prefix.bias[:, at:end, : prefix.length + end]
         if both_ways:
             bias = prefix.bias[:, end - 1 : end, : prefix.length + end].expand(-1, end - at, -1)
-        out = self.transformer.run(
+        out = self.transformer(
             self._streams(expert, x.to(prefix.cache.keys.dtype)), (cos[:, :, at:end], sin[:, :, at:end]), bias,
             prefix.cache, prefix.length + at, layers, condition,
         )[expert]  # fmt: skip
@@ -383,3 +426,19 @@ class Vla(nn.Module):
 
 def _all_valid(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def _visual_places(segments: Sequence[Segment]) -> Tensor:
+    """Where the grid tokens of the images stand in a sequence, int64[N]."""
+    flags = [segment.visual for segment in segments for _ in range(segment.embeddings.shape[1])]
+    return torch.tensor([place for place, flag in enumerate(flags) if flag], device=segments[0].valid.device)
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """[B, P, ...] -> [B, n, ...]: the rows at `places`, int64[B, n]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _square(mask: Tensor, places: Tensor) -> Tensor:
+    """[B, P, P] -> [B, n, n]: the rows and columns at `places`, int64[B, n]."""
+    return _rows(_rows(mask, places).transpose(1, 2), places).transpose(1, 2)

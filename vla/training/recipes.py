@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ class ModelRecipe:
     instruction in tokens. auxiliary weights: keyframe (state at the next gripper change) and chunk (the whole
     normalised chunk), read off the state token, and look (the states at the episode's first gripper changes), read off
     the points of the first camera if it has any; they teach the backbone where to look and are not used when acting.
-    text_queries: see ModelConfig.
+    text_queries: see ModelConfig. registers: how many tokens replace the visual ones after register_layer layers
+    (Victor, see vla.models.pruning); 0 for visual tokens in every layer.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -33,6 +34,8 @@ class ModelRecipe:
     chunk_weight: float = 0.5
     look_weight: float = 2.0
     text_queries: int = 6
+    registers: int = 0
+    register_layer: int = 2
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,25 @@ class TrainConfig:
             del data[key]
         data["data"] = Path(self.data).name
         return json.loads(json.dumps(data))
+
+    def changed(self, before: Mapping[str, Any]) -> list[str]:
+        """Settings that differ from the identity of an earlier run; one that was unknown then stood at its default."""
+        mine, theirs = self.identity(), _completed(before, self)
+        return sorted(key for key in mine.keys() | before.keys() if mine.get(key) != theirs.get(key))
+
+
+def _completed(before: Any, now: Any) -> Any:
+    """Plain data of an earlier run, with the defaults of the fields that `now`, its like of today, has beside them."""
+    if is_dataclass(now) and isinstance(before, Mapping):
+        known = {f.name: getattr(now, f.name) for f in fields(now)}
+        young = [f for f in fields(now) if f.name not in before and f.default is not MISSING]
+        added = {f.name: json.loads(json.dumps(f.default, default=asdict)) for f in young}
+        return {**added, **{key: _completed(value, known.get(key)) for key, value in before.items()}}
+    if isinstance(now, Mapping) and isinstance(before, Mapping):
+        return {key: _completed(value, now.get(key)) for key, value in before.items()}
+    if isinstance(now, tuple) and isinstance(before, list) and len(now) == len(before):
+        return [_completed(*pair) for pair in zip(before, now)]
+    return before
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ def take_weights(model: Vla, source: Vla, teachers: Mapping[str, str] | None = N
     """Copy the backbone of `source` into `model`, and its heads of the same name and shape with their experts.
 
     teachers: {head of `model`: head of `source`} where names differ. Returns the names of the heads that were taken.
-    ConfigError when the backbones differ.
+    Registers that `source` does not have stay as `model` made them. ConfigError when the backbones differ.
     """
     mine, theirs = model.config, source.config
     for key in ("cameras", "state_dim", "action_dim", "horizon", "text_vocab", "text_length", "text_queries", "look"):
         if getattr(mine, key) != getattr(theirs, key):
             raise ConfigError(explain(f"model.{key}", getattr(theirs, key), getattr(mine, key), "As in init."))
+    if theirs.registers is not None and mine.registers != theirs.registers:
+        raise ConfigError(explain("model.registers", theirs.registers, mine.registers, "As in init."))
     trunk = [replace(c.transformer, experts=c.transformer.experts[:1]) for c in (mine, theirs)]
     if trunk[0] != trunk[1]:
         raise ConfigError(explain("model.transformer", trunk[1], trunk[0], "Choose the model of init."))

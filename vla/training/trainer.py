@@ -26,6 +26,7 @@ from vla.data.lerobot import LeRobotDataset
 from vla.errors import ConfigError, DataError, explain
 from vla.files import exclusive, replacing
 from vla.models.heads import HeadConfig
+from vla.models.pruning import RegisterConfig
 from vla.models.transformer import ExpertConfig
 from vla.models.vla import ModelConfig, Vla
 from vla.resources import bundle_path
@@ -84,6 +85,11 @@ class Trainer:
         self.model = Vla(self._model_config(start)).to(self.device)
         if start is not None:
             self.taken = take_weights(self.model, start.model, teachers)
+            if config.freeze and self.model.config.registers != start.config.registers:
+                raise ConfigError(
+                    explain("train.freeze", "registers that init has", "new ones, which every head would see",
+                            "Train them with freeze=false first.")
+                )  # fmt: skip
         if config.freeze:
             train_heads_only(self.model, list(config.heads))
         self.trajectories = self._collect_trajectories(start)
@@ -130,14 +136,17 @@ class Trainer:
         return FastTokenizer.fit(self.data.chunks(sample), recipe.vocab_size, recipe.scale)
 
     def _model_config(self, start: Bundle | None) -> ModelConfig:
-        """With a frozen backbone, heads of `start` that this run does not train stay in the bundle as they are."""
+        """With a frozen backbone, heads of `start` that this run does not train stay in the bundle as they are.
+
+        They come first: what a policy does by default does not change because it learned something more.
+        """
         recipe, embodiment = self.config.model, self.data.embodiment
         auxiliary = {}
         if recipe.keyframe_weight:
             auxiliary["keyframe"] = embodiment.state_dim
         if recipe.chunk_weight:
             auxiliary["chunk"] = recipe.horizon * embodiment.action_dim
-        experts, heads = list(recipe.transformer.experts[:1]), []
+        experts, heads, kept = list(recipe.transformer.experts[:1]), [], []
         for name, head in self.config.heads.items():
             if head.width:
                 experts.append(ExpertConfig(head.width, head.mlp_width, head.condition_width))
@@ -150,14 +159,15 @@ class Trainer:
             if other.name not in self.config.heads:
                 if other.expert:
                     experts.append(start.config.transformer.experts[other.expert])
-                heads.append(replace(other, expert=len(experts) - 1 if other.expert else 0))
+                kept.append(replace(other, expert=len(experts) - 1 if other.expert else 0))
                 if other.vocab:
                     self.tokenizers[other.name] = start.action_tokenizers[other.name]
         return ModelConfig(
             recipe.cameras, replace(recipe.transformer, experts=tuple(experts)), embodiment.state_dim,
             embodiment.action_dim, recipe.horizon,
-            self.text_tokenizer.vocab_size, recipe.text_length, tuple(heads), auxiliary, recipe.text_queries,
+            self.text_tokenizer.vocab_size, recipe.text_length, (*kept, *heads), auxiliary, recipe.text_queries,
             LOOKS * embodiment.state_dim if recipe.look_weight and recipe.cameras[0].points else 0,
+            RegisterConfig(recipe.registers, recipe.register_layer) if recipe.registers else None,
         )  # fmt: skip
 
     def bundle(self) -> Bundle:
@@ -292,8 +302,9 @@ class Trainer:
                 depths = model.run_with_exits([*trunk, *segments], exits, condition)
                 read = {name: head(depths[-1][len(trunk) - 1][:, 0]) for name, head in model.auxiliary.items()}
                 depths = [hidden[len(trunk) :] for hidden in depths]
-                if model.look is not None:
-                    read["look"] = model.look(trunk[0].embeddings[:, -1])  # as look_ahead does
+                if model.look is not None:  # as look_ahead does
+                    points = next(segment for segment in trunk if segment.kind.startswith("points:"))
+                    read["look"] = model.look(points.embeddings[:, 0])
             out: dict[str, Tensor] = {}
             total = torch.zeros((), device=self.device)
             place = 0
@@ -362,9 +373,8 @@ class Trainer:
             raise DataError(
                 explain(str(self.checkpoint_path), "a checkpoint", f"unreadable ({error})", "Remove it to start anew.")
             ) from error
-        mine, theirs = self.config.identity(), json.loads(state["identity"])
-        if mine != theirs:
-            changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        changed = self.config.changed(json.loads(state["identity"]))
+        if changed:
             raise ConfigError(
                 explain(str(self.out), f"the same {', '.join(changed)} as before", "other values",
                         "Choose another out, or remove its checkpoint.pt.")
