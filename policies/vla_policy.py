@@ -97,7 +97,7 @@ class VlaPolicy:
         )
         prefix = bundle.model.prefix(segments, config.suffix_room, self.selection)
         encoded = time.perf_counter()
-        seeds = [_mix(self._seed, context.seed) for context in contexts]
+        seeds = [_mix(self._seed if c.episode_seed is None else c.episode_seed, c.seed) for c in contexts]
         decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started, self._costs))
         kept = None if prefix.kept is None else prefix.kept.cpu().numpy()
         results = []

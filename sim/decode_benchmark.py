@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from policies.reuse_policy import ReusePolicy
 from policies.vla_policy import VlaPolicy
 from sim.decode_costs import Cost, Reuse
 from sim.decode_entries import Entry
@@ -39,8 +38,8 @@ def _part(bundle: str, entry: Entry, config: EvalConfig) -> Report:
     inner = VlaPolicy.from_bundle(bundle, device=config.device, threads=1)
     policy = entry.policy(inner)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    rule = policy.rule if isinstance(policy, ReusePolicy) else None
-    told = replace(config, decoder=inner.decoder, pruning=inner.selection, reuse=rule)
+    parts = entry.parts
+    told = replace(config, decoder=parts.decoder, pruning=parts.pruning, reuse=parts.reuse, ensembling=parts.ensembling)
     return evaluate(policy, told, policy_id=inner.bundle.fingerprint)
 
 

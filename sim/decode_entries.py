@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policies.reuse_policy import ReusePolicy
+from policies.parts import GROUPS, Parts
 from policies.vla_policy import VlaPolicy
-from vla import configs
-from vla.configs import describe
-from vla.decoding.base import Decoder
 from vla.errors import ConfigError
 from vla.policy import Policy
 
@@ -20,7 +17,7 @@ class Entry:
     """One line of the benchmark. name: as printed. config: name in configs/decoder. options: key=value.
 
     reference: name of the entry that this one is compared with, "" for a reference itself, whose success is compared
-    with that of the first entry. pruning, reuse: names in configs/pruning and configs/reuse, "" for none.
+    with that of the first entry. pruning, reuse, ensembling: names in the groups of configs/, "" for none.
     """
 
     name: str
@@ -29,17 +26,16 @@ class Entry:
     reference: str = ""
     pruning: str = ""
     reuse: str = ""
+    ensembling: str = ""
 
-    def decoder(self) -> Decoder:
-        made: Decoder = configs.load("decoder", self.config, self.options)
-        return made
-
-    def selection(self) -> Any:
-        return configs.load("pruning", self.pruning) if self.pruning else None
+    @property
+    def parts(self) -> Parts:
+        around = {group: (getattr(self, group),) for group in GROUPS if getattr(self, group, "")}
+        return Parts.named({"decoder": (self.config, *self.options), **around})
 
     @property
     def exact(self) -> bool:
-        return self.decoder().exact and not self.pruning and not self.reuse
+        return bool(self.parts.decoder.exact) and not (self.pruning or self.reuse or self.ensembling)
 
     @property
     def compared(self) -> str:
@@ -48,16 +44,14 @@ class Entry:
         return self.reference or (first if self.name != first else "")
 
     def policy(self, policy: VlaPolicy) -> Policy:
-        """`policy` set to this entry, behind the reuse rule if there is one."""
-        policy.decoder, policy.selection = self.decoder(), self.selection()
-        return ReusePolicy(policy, configs.load("reuse", self.reuse)) if self.reuse else policy
+        """`policy` set to this entry, and what stands around it."""
+        parts = self.parts
+        policy.decoder, policy.selection = parts.decoder, parts.pruning
+        return parts.around(policy)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            **describe(self.decoder()),
-            "pruning": describe(self.selection()) if self.pruning else None,
-            "reuse": describe(configs.load("reuse", self.reuse)) if self.reuse else None,
-        }
+        parts = self.parts.describe()
+        return {**parts.pop("decoder"), **parts}
 
 
 _BINS, _DISTILLED, _FAST = "greedy bins", "greedy distilled", "greedy FAST"
@@ -103,6 +97,7 @@ ENTRIES = (
     Entry("pruned FAST", "autoregressive", ("head=fast",), _FAST, "flashvla"),
     Entry("reused FAST", "autoregressive", ("head=fast",), _FAST, "score", "flashvla"),
     Entry("pruned and reused FAST", "autoregressive", ("head=fast",), _FAST, "flashvla", "flashvla"),
+    Entry("ensembled FAST", "autoregressive", ("head=fast",), _FAST, ensembling="act"),
     Entry("flow, 10 steps", "flow", (), _BINS),
     Entry("flow, 4 steps", "flow", ("steps=4",), _BINS),
     Entry("flow, 4 steps, pruned, reused", "flow", ("steps=4",), _BINS, "flashvla", "flashvla"),
@@ -119,9 +114,10 @@ def served(policy: VlaPolicy, entries: Sequence[Entry]) -> tuple[list[Entry], di
     good, refused = [], {}
     for entry in entries:
         try:
-            entry.decoder().check(policy.bundle)
-            if entry.pruning:
-                entry.selection().check(policy.bundle.config)
+            parts = entry.parts
+            parts.decoder.check(policy.bundle)
+            if parts.pruning is not None:
+                parts.pruning.check(policy.bundle.config)
             good.append(entry)
         except ConfigError as error:
             refused[entry.name] = str(error)

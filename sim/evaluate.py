@@ -21,16 +21,19 @@ from typing import Any
 
 import numpy as np
 
+from policies.parts import Parts
+from sim import latency
 from sim.control import ExpertPolicy, make_expert
 from sim.environment import EVAL_SEED_START, make
-from vla.configs import describe
 from vla.errors import ConfigError, DataError, explain, nearest
 from vla.files import write_text
 from vla.policy import InferContext, InferResult, Policy
-from vla.resources import bundle_path
-from vla.runtime.loop import ControlLoop, control_loop, run_episode
+from vla.resources import bundle_path, is_address
+from vla.runtime.loop import ControlLoop, Delay, control_loop, run_episode
+from vla.runtime.motion import motion
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.runtime.summary import percentiles, wilson_95
+from vla.runtime.trace import Trace
 from vla.types import Observation
 
 CONTROLS = ("none", "blank", "shuffled", "swapped")
@@ -42,12 +45,14 @@ _SHUFFLE_DISTANCE = 500_000  # seeds of other scenes lie this far from the evalu
 class EvalConfig:
     """Arguments of `measure` and `evaluate`.
 
-    policy: a bundle folder, the name of a shipped bundle, or "expert". decoder: of a bundle, None for greedy.
-    pruning, reuse: a TokenSelection and a ReuseRule for it, None for neither. controls: which of CONTROLS, in order.
+    policy: a bundle folder, the name of a shipped bundle, the ws:// address of `vla serve`, or "expert". decoder: of a
+    bundle, None for greedy.
+    pruning, reuse, ensembling: see policies.parts.Parts, None for none. controls: which of CONTROLS, in order.
     env: name in sim.environment.ENVIRONMENTS. task: one of its tasks, or "all" (they take turns by seed).
     episodes: how many, with seeds seed, seed + 1, ...
     scheduler, execute, lead: see vla.runtime.scheduler. latency_s: simulated time from observation to chunk; it hides
-    behind the running chunk when it is at most lead periods. out: folder of the reports, <control>.json each ("" keeps
+    behind the running chunk when it is at most lead periods. latency: a trace to replay instead, see sim.latency, ""
+    for none; latency_scale: how many times as slow. out: folder of the reports, <control>.json each ("" keeps
     them in memory). env_options: further arguments of the environment. device, threads: of the policy
     (0 threads: all).
     demonstration_seeds: allow seeds that training may have seen.
@@ -57,6 +62,7 @@ class EvalConfig:
     decoder: Any = None
     pruning: Any = None
     reuse: Any = None
+    ensembling: Any = None
     controls: tuple[str, ...] = ("none",)
     env: str = "tabletop"
     task: str = "all"
@@ -66,6 +72,8 @@ class EvalConfig:
     execute: int = 8
     lead: int = 2
     latency_s: float = 0.05
+    latency: str = ""
+    latency_scale: float = 1.0
     out: str = ""
     env_options: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -89,12 +97,17 @@ class EvalConfig:
                 )
             )
 
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.decoder, self.pruning, self.reuse, self.ensembling)
+
     def identity(self, policy_id: str, control: str) -> dict[str, Any]:
         """What decides every single episode: neither how many there are, nor where the report goes."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"env_options": dict(self.env_options), "policy": policy_id, "control": control}
-        for key in ("decoder", "pruning", "reuse"):
-            data[key] = None if data[key] is None else describe(data[key])
+        data |= self.parts.describe()
+        data["latency"] = latency.read(self.latency).fingerprint if self.latency else None
+        data["latency_scale"] = self.latency_scale if self.latency else None
         for key in ("episodes", "out", "demonstration_seeds", "controls", "device", "threads"):
             del data[key]
         return data
@@ -102,7 +115,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """One episode of a report. target: the object that was asked for, moved: the one that was displaced most."""
+    """One episode of a report. target: the object that was asked for, moved: the one that was displaced most. motion:
+    see vla.runtime.motion; reports of the first release have none."""
 
     seed: int
     task: str
@@ -117,6 +131,7 @@ class EpisodeRecord:
     gate: dict[str, int]
     executed: int
     missed: int
+    motion: dict[str, Any] | None = None
 
     @property
     def followed(self) -> bool | None:
@@ -230,14 +245,15 @@ def evaluate(
     """
     _check_control(control)
     if isinstance(policy, ExpertPolicy):  # one action from the present state: no other schedule suits it
-        config = replace(config, scheduler="sequential", execute=1, latency_s=0.0)
+        config = replace(config, scheduler="sequential", execute=1, latency_s=0.0, latency="")
     path = Path(config.out) / f"{control}.json" if config.out else None
     report = _begun(path, config, json.loads(json.dumps(config.identity(policy_id, control))))
     env = environment if environment is not None else make(config.env, **config.env_options)
     try:
         env.embodiment.require_same(policy.embodiment, f"environment {config.env} and policy")
         tasks = _tasks(config, tuple(env.tasks))
-        loop = control_loop(env.embodiment, _scheduler(config))
+        loop = control_loop(env.embodiment, _scheduler(config), Trace(env.embodiment, env.max_steps))
+        replayed = latency.read(config.latency).scaled(config.latency_scale) if config.latency else None
         seen: Policy = BlankImages(policy) if control == "blank" else PlainImages(policy)
         if isinstance(policy, ExpertPolicy):  # it reads the simulator anyway, and never pays for rendering
             seen = policy
@@ -245,7 +261,8 @@ def evaluate(
         todo = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in done]
         for seed in _bar(todo, f"eval {config.env} ({control})", progress):
             task = tasks[(seed - config.seed) % len(tasks)]
-            record = _run(env, seen, loop, seed, task, control, config.latency_s)
+            delays = None if replayed is None else replayed.of(seed)
+            record = _run(env, seen, loop, seed, task, control, config.latency_s, delays)
             report = replace(report, episodes=tuple(sorted((*report.episodes, record), key=lambda e: e.seed)))
             if path:
                 report.write(path)
@@ -274,20 +291,27 @@ def load_policy(config: EvalConfig, environment: Any) -> tuple[Policy, str]:
     """The policy that `config.policy` names, and what identifies it in a report."""
     if config.policy == "expert":
         return ExpertPolicy(make_expert(config.env, environment), environment.embodiment), "expert"
-    from policies.reuse_policy import ReusePolicy
-    from policies.vla_policy import VlaPolicy  # torch loads only for policies that need it
+    if is_address(config.policy):
+        from policies.remote.attach import attached
 
-    policy = VlaPolicy.from_bundle(
-        bundle_path(config.policy), config.decoder, config.device, config.threads or None, config.pruning
-    )
-    if config.reuse is not None:
-        return ReusePolicy(policy, config.reuse), policy.bundle.fingerprint
-    return policy, policy.bundle.fingerprint
+        policy, remote = attached(config.policy, environment.embodiment, config.parts)
+        return policy, remote.identity
+    policy, inner = config.parts.load(bundle_path(config.policy), config.device, config.threads or None)
+    return policy, inner.bundle.fingerprint
 
 
 def _run(
-    env: Any, policy: Policy, loop: ControlLoop, seed: int, task: str, control: str, latency_s: float
+    env: Any,
+    policy: Policy,
+    loop: ControlLoop,
+    seed: int,
+    task: str,
+    control: str,
+    latency_s: float,
+    delays: Callable[[int], Delay] | None,
 ) -> EpisodeRecord:
+    assert loop.trace is not None
+    loop.trace.clear()
     instruction = _foreign_instruction(env, seed, task) if control == "shuffled" else None
     arm = _Swapped(env) if control == "swapped" else env
     facts: dict[str, Any] = {}
@@ -298,6 +322,7 @@ def _run(
         seed,
         task=task,
         latency_s=latency_s,
+        delays=delays,
         on_step=lambda observation, command, info: facts.update(target=info.get("object")),
         instruction=instruction,
     )
@@ -315,6 +340,7 @@ def _run(
         gate=result.gate,
         executed=result.executed,
         missed=result.missed,
+        motion=motion(loop.trace).to_dict(),
     )
 
 

@@ -20,6 +20,7 @@ class InferContext:
     executed: how many of its actions were executed when the observation was taken.
     committed: float32[C, A], actions that will be executed while this inference runs (they cannot change any more).
     start_ns: due time that the first action of the new chunk shall have. seed: randomness of this inference.
+    episode_seed: what reset() would be given for this robot, where one policy serves several; None: its own last reset.
     """
 
     previous: ActionChunk | None = None
@@ -28,6 +29,7 @@ class InferContext:
     committed: np.ndarray | None = None
     start_ns: int = 0
     seed: int = 0
+    episode_seed: int | None = None
 
 
 @dataclass(frozen=True)

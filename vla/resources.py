@@ -72,6 +72,11 @@ def pretrained_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in pretrained_dir().glob(f"*/{BUNDLE_MARKER}")))
 
 
+def is_address(policy: str) -> bool:
+    """Whether a policy of this name runs elsewhere, behind a websocket."""
+    return policy.startswith(("ws://", "wss://"))
+
+
 def bundle_path(name: str | Path) -> Path:
     """A bundle folder: a path that exists, or the name of a shipped bundle; raises BundleError naming what is there."""
     path = Path(name)

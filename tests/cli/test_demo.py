@@ -93,6 +93,9 @@ def test_policy_process_killed_in_motion_is_started_again_and_named(tmp_path: Pa
         (("--policy", "no_such_bundle"), "no_such_bundle"),
         (("--env", "robosuite"), "no scripted expert for 'robosuite'"),
         (("--task", "stak", "--policy", "expert"), "Did you mean 'stack'?"),
+        (("--pruning", "scor"), "Did you mean 'score'?"),
+        (("--reuse", "flashvla"), "Choose pruning score"),
+        (("--policy", "hold", "--ensembling", "act"), "ensembling: expected a bundle"),
     ],
 )
 def test_misspelt_names_are_one_message(

@@ -161,7 +161,7 @@ def test_an_error_curve_needs_no_complete_list() -> None:
 
 def test_what_cannot_be_cut_is_refused() -> None:
     words = HeadConfig("words", "tokens", 1, 9)
-    with pytest.raises(ConfigError, match="lowest frequencies first"):
+    with pytest.raises(ConfigError, match=r"decoder\.head: .*over fast, got words.*over bins.*,fast\]"):
         AnytimeDecoder().check(bundle_of(BinTokenizer(9), heads=(words,)))
     with pytest.raises(ConfigError, match=r"decoder\.head"):
         AnytimeDecoder(head="flow").check(bundle_of(BinTokenizer(9), heads=(words,)))

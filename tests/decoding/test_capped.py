@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tests.contracts.test_decoders import decode, model_of, prompt, tokenizer_of
+from tests.decoding.test_continuous import bundle_of
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
 from vla.decoding.capped import CappedJacobiDecoder, jacobi
 from vla.errors import ConfigError
+from vla.models.heads import HeadConfig
 from vla.models.suffix import TokenSuffix
 
 GRAMMAR = Grammar(tokenizer_of("bins"), 8, 2)
@@ -72,12 +74,12 @@ def test_both_ways_is_another_decoder() -> None:
     assert differs > 3 and not CappedJacobiDecoder(both_ways=True).exact
 
 
-def test_settings_out_of_range_are_refused(tiny_bundle) -> None:
-    from vla.checkpoints import bundle as bundles
-
+def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"decoder\.passes"):
         CappedJacobiDecoder(0)
     with pytest.raises(ConfigError, match=r"decoder\.window"):
         CappedJacobiDecoder(window=-1)
-    with pytest.raises(ConfigError, match="Use jacobi for FAST tokens"):
-        CappedJacobiDecoder().check(bundles.load(tiny_bundle))
+    bundle = bundle_of(heads=(HeadConfig("words", "tokens", 1, 9),))
+    CappedJacobiDecoder(window=12).check(bundle)
+    with pytest.raises(ConfigError, match=r"decoder\.window: expected at most 12"):
+        CappedJacobiDecoder(window=13).check(bundle)

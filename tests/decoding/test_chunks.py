@@ -55,18 +55,18 @@ def test_each_moment_is_the_weighted_mean_of_those_that_know_it_oldest_first(dec
     np.testing.assert_allclose(alone.actions, chunks[-1].actions[1:], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("sides", "decay", "expected"),
-    [
-        ((1, 1, -1), 0.0, 1), ((1, -1, -1), 0.0, -1), ((1, -1), 0.0, -1), ((-1, 1), 0.0, 1),
-        ((1, -1, -1), 1.0, 1), ((1, -1), 0.01, 1), ((1, -1, -1), -1.0, -1), ((0.8, 0.4, -1), 0.0, 0.6),
-    ],
-)  # fmt: skip
-def test_grippers_vote(sides, decay, expected) -> None:
-    chunks = [ActionChunk(np.full((2, 2), side, np.float32), 0, 0.05) for side in sides]
-    out = ensembled(chunks, 0, decay, grippers=[1])
-    np.testing.assert_allclose(out.actions[:, 1], expected, atol=1e-6)
-    assert (np.abs(out.actions[:, 0]) < 1).all()  # what is no gripper is averaged
+@pytest.mark.parametrize("decay", [-2.0, 0.0, 0.01, 2.0])
+def test_the_newest_chunk_that_knows_a_moment_decides_the_gripper(decay) -> None:
+    chunks = [ActionChunk(np.full((4, 2), value, np.float32), 0, 0.05) for value in (0.08, 0.0, 0.03)]
+    out = ensembled([chunks[0], chunks[1], replace(chunks[2], start_ns=2 * PERIOD_NS)], 0, decay, grippers=[1])
+    np.testing.assert_array_equal(out.actions[:, 1], np.float32([0.0, 0.0, 0.03, 0.03, 0.03, 0.03]))
+    assert (out.actions[:4, 0] > 0).all() and (out.actions[:2, 0] < 0.08).all()  # what is no gripper is averaged
+
+
+def test_steep_weights_are_the_chunk_they_prefer() -> None:
+    chunks = random_chunks(0, 0, 0)
+    for decay, chosen in ((-1e4, chunks[2]), (1e4, chunks[0])):
+        np.testing.assert_array_equal(ensembled(chunks, 0, decay).actions, chosen.actions)
 
 
 def test_what_cannot_be_averaged_is_named() -> None:
@@ -209,7 +209,7 @@ def test_committed_actions_come_back_as_their_bins() -> None:
     np.testing.assert_allclose(chunk[:2], context.committed, atol=1 / 31 + 1e-6)
     plain = InferContext(start_ns=1)
     assert infer(forced, observation(), plain).report.ids == infer(greedy, observation(), plain).report.ids
-    with pytest.raises(ConfigError, match=r"words.*one token per value.*FastTokenizer"):
+    with pytest.raises(ConfigError, match=r"decoder\.head: .*over bins, got words.*over fast.*,bins\]"):
         policies("fast", ForcedPrefixDecoder())
 
 

@@ -13,9 +13,9 @@ from vla.decoding.early_exit import (
     AdaptiveEarlyExitDecoder,
     BetaMixture,
     EarlyExitDecoder,
-    calibrate,
-    fit_mixture,
+    fitted,
     measure,
+    measured,
 )
 from vla.errors import ConfigError
 from vla.models.heads import HeadConfig
@@ -190,16 +190,9 @@ def drawn(low, high, agree, count: int = 4000, share: float = 0.4):
     return x, rng.random(count) < np.where(is_high, agree[1], agree[0])
 
 
-def fitted(x, agreed, rounds: int = 400) -> BetaMixture:
-    mixture = BetaMixture()
-    for _ in range(rounds):
-        mixture.update(x, agreed)
-    return mixture
-
-
 def test_the_mixture_finds_two_known_components() -> None:
     low, high, agree = (2.0, 6.0), (8.0, 2.0), (0.2, 0.95)
-    mixture = fitted(*drawn(low, high, agree))
+    mixture = fitted(*drawn(low, high, agree), 400)
     alpha, beta = mixture.parameters
     assert alpha == pytest.approx([2.0, 8.0], rel=0.15) and beta == pytest.approx([6.0, 2.0], rel=0.15)
     assert mixture.share == pytest.approx([0.4, 0.6], abs=0.03)
@@ -209,7 +202,7 @@ def test_the_mixture_finds_two_known_components() -> None:
 def test_labels_are_evidence_and_not_the_responsibilities() -> None:
     """One confident token in ten is overruled. Labels alone would drag the low component's mean up to them."""
     x, agreed = drawn((2.0, 8.0), (18.0, 2.0), (0.0, 0.9), share=0.2)
-    mixture = fitted(x, agreed)
+    mixture = fitted(x, agreed, 400)
     alpha, beta = mixture.parameters
     assert alpha[0] / (alpha[0] + beta[0]) == pytest.approx(0.2, abs=0.04)
     assert x[~agreed].mean() > 0.35
@@ -266,9 +259,10 @@ def test_calibration_measures_this_policy() -> None:
             policy.model.prefix(policy.model.prefix_segments(*_inputs(policy, seed)), config.suffix_room)
             for seed in range(6)
         ]
-    mixture = fit_mixture(policy, prefixes, rounds=50)
-    threshold = calibrate(policy, prefixes)
-    assert 0 <= threshold <= 1 and threshold == fit_mixture(policy, prefixes).threshold()
+    confidences, agreed = measured(policy, prefixes)
+    assert len(confidences) == len(agreed) == 6 * 12 and 0 < sum(agreed) < len(agreed)
+    mixture = fitted(confidences, agreed, rounds=50)
+    assert 0 <= mixture.threshold() <= 1
     assert mixture.share != pytest.approx([0.5, 0.5], abs=0.01)
     assert prefixes[0].cache.length == prefixes[0].length  # given back as they were
     given = DecodeInput(policy, prefixes[0], [0], [InferContext()], _grammar(policy))
@@ -276,7 +270,7 @@ def test_calibration_measures_this_policy() -> None:
     out = AdaptiveEarlyExitDecoder(0, alpha[0], beta[0], alpha[1], beta[1]).decode(given)
     assert out.actions.shape == (1, 4, 3) and out.repaired == [0] and 0 <= out.notes["threshold"] <= 1
     with pytest.raises(ConfigError, match="prefixes"):
-        fit_mixture(policy, [])
+        measured(policy, [])
 
 
 def _inputs(policy, seed: int):

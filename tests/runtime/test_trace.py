@@ -17,8 +17,12 @@ from vla.runtime.scheduler import DueAction, OverlappedScheduler, SequentialSche
 from vla.runtime.summary import control_hz, gate_counts, late_actions, stop_reasons, summarize, wilson_95
 from vla.runtime.trace import EpisodeRow, Trace
 
-COLUMNS = ("tick_ns", "due_ns", "action", "command", "measured", "verdict", "reason", "chunk", "index", "late_ns")
-INFERENCE = ("infer_start_ns", "infer_end_ns", "infer_ms", "infer_passes", "infer_repaired", "infer_accepted")
+COLUMNS = (
+    "tick_ns", "due_ns", "action", "command", "measured", "verdict", "reason", "chunk", "index", "stamp_ns", "late_ns",
+)  # fmt: skip
+INFERENCE = (
+    "infer_stamp_ns", "infer_start_ns", "infer_end_ns", "infer_ms", "infer_passes", "infer_repaired", "infer_accepted",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -49,6 +53,36 @@ def test_a_trace_comes_back_from_its_file_as_it_was(recorded, tmp_path):
     assert loaded.embodiment == recorded.embodiment
     assert summarize(loaded) == summarize(recorded)
     assert [p.name for p in path.parent.iterdir()] == ["trace.mcap"], "no temporary file is left"
+
+
+def test_every_action_tells_the_observation_it_came_from(recorded):
+    done = recorded.chunk[: recorded.rows] >= 0
+    stamps = recorded.stamp_ns[: recorded.rows]
+    assert set(stamps[done]) == set(recorded.infer_stamp_ns[: recorded.inferences]) and np.all(stamps[~done] == -1)
+    # Two slots of waiting, then one action per slot: the first is two periods old, the twelfth thirteen.
+    ages = (recorded.tick_ns[: recorded.rows] - stamps)[done] // PERIOD_NS
+    assert ages[:12].tolist() == list(range(2, 14))
+
+
+def test_traces_without_observation_stamps_are_read_as_not_knowing_them(recorded, tmp_path, monkeypatch):
+    whole = Trace._messages
+
+    def without(self):
+        for stamp, topic, body in whole(self):
+            yield stamp, topic, {key: value for key, value in body.items() if key != "stamp_ns" or "episode" in topic}
+
+    monkeypatch.setattr(Trace, "_messages", without)
+    loaded = Trace.load_mcap(recorded.save_mcap(tmp_path / "trace.mcap"))
+    assert loaded.rows == recorded.rows and np.all(loaded.stamp_ns[: loaded.rows] == -1)
+    assert np.all(loaded.infer_stamp_ns[: loaded.inferences] == -1)
+
+
+def test_a_cleared_trace_begins_anew(recorded):
+    recorded.clear()
+    assert (recorded.rows, recorded.inferences, recorded.episodes, recorded.images) == (0, 0, [], [])
+    recorded.begin(5)
+    recorded.tick(5, None, Decision(Verdict.PASS, Reason.NONE, np.zeros(4)), np.zeros(4), 0, 1.0)
+    assert recorded.tick_ns[0] == 5 and recorded.stamp_ns[0] == -1, "nothing of the last episode is left"
 
 
 def test_the_file_has_a_schema_per_topic_and_times_that_never_run_back(recorded, tmp_path):

@@ -157,9 +157,11 @@ def _progress(console: Any, name: str, total: int) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-COSTS = ("decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s", "MFLOP",
-         "reused", "equal", "bf16 flips", "rms", "overhead")  # fmt: skip
-SUCCESS = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
+COSTS: tuple[str, ...] = (
+    "decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s", "MFLOP", "reused",
+    "equal", "bf16 flips", "rms", "overhead",
+)  # fmt: skip
+SUCCESS: tuple[str, ...] = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
 
 
 def _costs(row: dict[str, Any]) -> list[str]:
@@ -192,8 +194,8 @@ def _percent(share: float | None) -> str:
 def tables(results: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str]]]]:
     """(titles, lines) of costs and, if any episodes ran, of success."""
     ran = [row for row in results["rows"] if row["success_rate"] is not None]
-    out = [(COSTS, [_costs(row) for row in results["rows"]])]
-    return [*out, (SUCCESS, [_success(row) for row in ran])] if ran else out
+    costs = (COSTS, [_costs(row) for row in results["rows"]])
+    return [costs, (SUCCESS, [_success(row) for row in ran])] if ran else [costs]
 
 
 def curves(results: dict[str, Any]) -> list[str]:
@@ -208,8 +210,8 @@ def curves(results: dict[str, Any]) -> list[str]:
 def show(results: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
-    for line in curves(results):
-        console.print(line, highlight=False)
+    for curve in curves(results):
+        console.print(curve, highlight=False)
     for titles, lines in tables(results):
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in titles:

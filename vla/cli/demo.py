@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +27,13 @@ examples:
   vla demo --episodes 5 --seed 1000100 --task stack
   vla demo --policy outputs/train/bundle --out outputs/mine
   vla demo --decoder jacobi window=4
+  vla demo --pruning flashvla --reuse flashvla --ensembling act
   vla demo --env libero_object --task 3 --policy expert --episodes 1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from policies import parts
+
     parser.epilog = EPILOG
     parser.add_argument("--episodes", type=_positive, default=20, metavar="N", help="default: 20")
     parser.add_argument(
@@ -39,11 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", default="tabletop", help="tabletop (default), libero_object, libero_spatial, ...")
     parser.add_argument("--task", help="task family or number (default: all of the environment)")
     parser.add_argument(
-        "--policy", help="bundle folder, shipped bundle, 'expert' or 'hold' (default: shipped, else expert)"
+        "--policy",
+        help="bundle folder, shipped bundle, ws:// address, 'expert' or 'hold' (default: shipped, else expert)",
     )
-    parser.add_argument(
-        "--decoder", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"), help="default: autoregressive"
-    )
+    parts.add_arguments(parser)
     parser.add_argument(
         "--rtf", type=float, metavar="F", help="simulated seconds per wall second (default: 1; LIBERO 0.25)"
     )
@@ -57,16 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from policies.parts import named_in
     from vla.cli.demo_run import Plan, Run
     from vla.cli.results import write_results
     from vla.errors import VlaError
 
     console = Console(stderr=args.json)
     policy = args.policy or _default_policy(args.env)
-    _check(args.env, policy, args.decoder)
+    parts = named_in(args)
+    _check(args.env, policy, parts)
     plan = Plan(
         args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime,
-        tuple(args.decoder),
+        parts,
     )  # fmt: skip
     if args.seed < EVAL_SEED_START and policy != "expert":
         console.print(f"note: a policy may have been trained on seeds below {EVAL_SEED_START}")
@@ -179,26 +184,29 @@ def _default_policy(env: str) -> str:
     return env if env in pretrained_names() else "expert"
 
 
-def _check(env: str, policy: str, decoder: list[str]) -> None:
+def _check(env: str, policy: str, parts: Mapping[str, tuple[str, ...]]) -> None:
     """Misspelt names are found here, at once, instead of in the log of a process that died."""
+    from policies.parts import Parts
     from sim.control import EXPERTS
     from sim.environment import ENVIRONMENTS
     from vla.errors import ConfigError, nearest
-    from vla.resources import bundle_path
+    from vla.resources import bundle_path, is_address, load_embodiment
 
     if env not in ENVIRONMENTS:
         raise ConfigError(f"env: unknown environment {env!r}. {nearest(env, ENVIRONMENTS)}")
     if policy == "expert" and env not in EXPERTS:
         raise ConfigError(f"policy: no scripted expert for {env!r}. Pass --policy BUNDLE or --policy hold.")
-    if policy not in ("expert", "hold"):
-        bundle_path(policy)
-        if decoder:
-            from vla.checkpoints.bundle import load
-            from vla.configs import load as load_config
+    if is_address(policy):
+        from policies.remote.attach import attached
+        from ros_nodes.graph import robot_of
 
-            load_config("decoder", decoder[0], decoder[1:]).check(load(bundle_path(policy)))
-    elif decoder:
-        raise ConfigError(f"decoder: expected a bundle as policy, got {policy!r}. Pass --policy BUNDLE.")
+        attached(policy, load_embodiment(robot_of(env)), Parts.named(parts))[1].close()
+    elif policy not in ("expert", "hold"):
+        bundle_path(policy)
+        if parts:
+            Parts.named(parts).load(bundle_path(policy))
+    elif parts:
+        raise ConfigError(f"{', '.join(parts)}: expected a bundle as policy, got {policy!r}. Pass --policy BUNDLE.")
 
 
 def _nodes(policy: str) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ OUTPUT_FOLDERS = {"logs": "*.log", "stats": "*.json"}
 class Plan:
     """What `vla demo` was asked for. task: None for the environment's own choice. rtf: None for its default.
 
-    decoder: a name in configs/decoder and its settings, () for greedy.
+    parts: what a bundle is run with, by name, see policies.parts.
     """
 
     env: str
@@ -40,7 +40,7 @@ class Plan:
     rtf: float | None = None
     domain: int | None = None
     realtime: bool = False
-    decoder: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Run:
@@ -59,7 +59,7 @@ class Run:
         self.graph = Graph(
             plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
             watch=watched, on_image=self.recorder.on_image, restart=("policy",), realtime=plan.realtime,
-            decoder=plan.decoder,
+            parts=plan.parts,
         )  # fmt: skip
 
     def __enter__(self) -> Run:
@@ -141,6 +141,7 @@ class Run:
             real_time_factor=float(report.get("rtf") or 1.0),
             bundle_hash=_bundle_hash(plan.policy),
             interrupted=self.interrupted,
+            parts=plan.parts,
         )
         trace = self._trace()
         if trace is not None:
@@ -205,9 +206,9 @@ def _dropped(stats: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 
 def _bundle_hash(policy: str) -> str | None:
-    from vla.resources import BUNDLE_MARKER, bundle_path
+    from vla.resources import BUNDLE_MARKER, bundle_path, is_address
 
-    if policy in ("expert", "hold"):
+    if policy in ("expert", "hold") or is_address(policy):
         return None
     return str(_read(bundle_path(policy) / BUNDLE_MARKER).get("hashes", {}).get("content", "")) or None
 

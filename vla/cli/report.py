@@ -44,7 +44,8 @@ def write_report(record: RunRecord, out: Path, film: Path | None = None, trace: 
 def render(record: RunRecord, film: Path | None = None, trace: Path | None = None) -> str:
     """The page as text."""
     title = f"{record.env}: {record.successes} of {len(record.episodes)} episodes succeeded"
-    scope = f"task {record.task or 'all'}, policy {record.policy}, {record.rate_hz:g} Hz, seeds from {record.seed}"
+    policy = ", ".join([record.policy, *(" ".join([group, *words]) for group, words in record.parts.items())])
+    scope = f"task {record.task or 'all'}, policy {policy}, {record.rate_hz:g} Hz, seeds from {record.seed}"
     if record.interrupted:
         scope += f"; interrupted after {len(record.episodes)} of {record.requested} episodes"
     body = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(scope)}</p>', _cards(record)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class RunRecord:
     dropped: {topic: messages lost by DDS, overwritten before they were read, or refused}.
     peak_rss_mb: of all processes together at one time; rss_mb: peak of each.
     real_time_factor: simulated over wall time, 1.0 where the simulator keeps up.
+    parts: what the bundle was run with, by name, see policies.parts.
     """
 
     env: str
@@ -73,6 +74,7 @@ class RunRecord:
     real_time_factor: float = 1.0
     bundle_hash: str | None = None
     interrupted: bool = False
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def successes(self) -> int:
@@ -107,6 +109,7 @@ class RunRecord:
             "env": self.env,
             "task": self.task,
             "policy": self.policy,
+            "parts": {group: list(words) for group, words in self.parts.items()},
             "rate_hz": self.rate_hz,
             "first_seed": self.seed,
             "requested_episodes": self.requested,

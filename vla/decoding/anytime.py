@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, find_head
+from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
-from vla.tokenizers import ActionTokenizer, FastTokenizer
+from vla.tokenizers import ActionTokenizer
 
 clock = time.perf_counter
 
@@ -39,20 +38,13 @@ class AnytimeDecoder(TokenDecoder):
     """
 
     exact = False
+    tokenizer = "fast"
 
     def __init__(self, deadline_ms: float = 50.0, head: str = ""):
         super().__init__(head)
         if not deadline_ms > 0:
             raise ConfigError(explain("decoder.deadline_ms", "above 0", deadline_ms, "50 is one step at 20 Hz."))
         self.deadline_ms = deadline_ms
-
-    def check(self, bundle: Bundle) -> None:
-        head = find_head(bundle, self.head, "tokens")
-        tokenizer = bundle.action_tokenizers[head]
-        if not isinstance(tokenizer, FastTokenizer):
-            got = f"{type(tokenizer).__name__}, whose first tokens are the first actions"
-            remedy = "Name a head with FAST tokens, or train one: vla train head=[...,fast]."
-            raise ConfigError(explain(f"tokenizer of {head}", "FAST, lowest frequencies first", got, remedy))
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         return [Hint(seed, deadline=given.started + self.deadline_ms / 1e3) for seed in given.seeds]
@@ -77,7 +69,7 @@ class AnytimeDecoder(TokenDecoder):
 
     def decode(self, given: DecodeInput) -> Decoded:
         out = super().decode(given)
-        grammar = given.grammar(find_head(given.bundle, self.head, "tokens"))
+        grammar = given.grammar(self.head_in(given.bundle))
         missing = [grammar.before_each(grammar.values, ids)[-1] for ids in out.ids]
         return replace(out, repaired=[repaired - cut for repaired, cut in zip(out.repaired, missing)])
 

@@ -24,7 +24,7 @@ from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Prefix
 from vla.policy import InferContext
-from vla.tokenizers import ActionTokenizer, valid_table
+from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer, valid_table
 
 
 class Grammar:
@@ -167,15 +167,23 @@ class Decoder(Protocol):
 
 
 class TokenDecoder(ABC):
-    """A decoder of action tokens. head: name of the head, "" for the first that makes tokens."""
+    """A decoder of action tokens. head: name of the head, "" for the first that makes them.
+
+    tokenizer: the only kind of tokens that a decoder can do with, "bins" or "fast"; "" takes any.
+    """
 
     exact = True
+    tokenizer = ""
 
     def __init__(self, head: str = ""):
         self.head = head
 
     def check(self, bundle: Bundle) -> None:
-        find_head(bundle, self.head, "tokens")
+        self.head_in(bundle)
+
+    def head_in(self, bundle: Bundle) -> str:
+        """The name of the head that is decoded; see `find_head`."""
+        return find_head(bundle, self.head, "tokens", self.tokenizer)
 
     @abstractmethod
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -187,7 +195,7 @@ class TokenDecoder(ABC):
 
     @torch.inference_mode()
     def decode(self, given: DecodeInput) -> Decoded:
-        head = find_head(given.bundle, self.head, "tokens")
+        head = self.head_in(given.bundle)
         suffix = TokenSuffix(given.bundle.model, given.prefix, head)
         out = self.generate(suffix, given.grammar(head), self.hints(given, head))
         suffix.truncate(0)  # another decoder may use the prefix next
@@ -210,16 +218,25 @@ def drafts(given: DecodeInput, head: str) -> list[tuple[int, ...]]:
     return [() if left is None else tuple(tokenizer.encode(left)) for left in given.previous]
 
 
-def find_head(bundle: Bundle, name: str, kind: str) -> str:
-    """The head called `name`, or the first of this kind; ConfigError when there is none."""
+def find_head(bundle: Bundle, name: str, kind: str, tokenizer: str = "") -> str:
+    """The head called `name`, or the first of this kind, whose tokens are of kind `tokenizer` ("" for any);
+    ConfigError when there is none."""
     heads = bundle.config.heads
-    fitting = [head.name for head in heads if head.kind == kind]
+    made = {head.name: _tokens(bundle.action_tokenizers.get(head.name)) for head in heads}
+    fitting = [head.name for head in heads if head.kind == kind and tokenizer in ("", made[head.name])]
     if (name and name not in fitting) or not fitting:
-        wanted = f"a head of kind {kind!r}" + (f" named {name!r}" if name else "")
-        got = ", ".join(f"{head.name} ({head.kind})" for head in heads)
+        wanted = f"a head of kind {kind!r}" + (f" over {tokenizer}" if tokenizer else "")
+        wanted += f" named {name!r}" if name else ""
+        got = ", ".join(f"{head.name} ({' over '.join(filter(None, (head.kind, made[head.name])))})" for head in heads)
         remedy = f"Choose one of {', '.join(fitting)}." if fitting else f"Train one: vla train head=[...,{kind}]."
+        if kind == "tokens" and not fitting:
+            remedy = f"Train one: vla train head=[...,{tokenizer or 'fast'}]."
         raise ConfigError(explain("decoder.head", wanted, got, remedy))
     return name or fitting[0]
+
+
+def _tokens(tokenizer: ActionTokenizer | None) -> str:
+    return {BinTokenizer: "bins", FastTokenizer: "fast"}.get(type(tokenizer), "")
 
 
 def probabilities(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -238,6 +255,19 @@ def confidences(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[float]:
 def generators(given: DecodeInput) -> list[torch.Generator]:
     """One per sample, on the host: a batch on any device draws what its samples draw alone on a CPU."""
     return [torch.Generator().manual_seed(seed) for seed in given.seeds]
+
+
+def predictions(
+    given: DecodeInput, head: str, predict: Callable[[Prefix, str, Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, float], Tensor]:
+    """What a head predicts behind the prefix (Vla.velocity, Vla.noise) of noisy actions [B, T, A], at a time or a step
+    that all samples share -> float32[B, T, A]"""
+
+    def predicted(noisy: Tensor, time: float) -> Tensor:
+        times = torch.full((given.batch,), time, device=noisy.device)
+        return predict(given.prefix, head, noisy.to(given.prefix.cache.keys.dtype), times).float()
+
+    return predicted
 
 
 def gaussian(given: DecodeInput, draws: Sequence[torch.Generator]) -> Tensor:

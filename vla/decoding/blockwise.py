@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, find_head
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder
 from vla.decoding.speculative import Greedy, Proposal, allowed, speculate
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
@@ -33,7 +33,7 @@ class BlockwiseDecoder(TokenDecoder):
         self.guesses = guesses
 
     def check(self, bundle: Bundle) -> None:
-        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        head = bundle.config.head(self.head_in(bundle))
         if head.lookahead < max(1, self.guesses):
             remedy = f"Train with heads.{head.name}.lookahead={max(3, self.guesses)}"
             remedy += f", or set guesses={head.lookahead}." if head.lookahead else "."

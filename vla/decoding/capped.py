@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts, find_head
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 
@@ -26,6 +26,7 @@ class CappedJacobiDecoder(TokenDecoder):
     """
 
     exact = False
+    tokenizer = "bins"  # tokens that were left standing must make a chunk whatever they are, hence one value each
 
     def __init__(self, passes: int = 8, window: int = 0, both_ways: bool = False, warm: bool = False, head: str = ""):
         super().__init__(head)
@@ -36,13 +37,8 @@ class CappedJacobiDecoder(TokenDecoder):
         self.passes, self.window, self.both_ways, self.warm = passes, window, both_ways, warm
 
     def check(self, bundle: Bundle) -> None:
-        """Tokens that were left standing must make a chunk whatever they are, hence one value each."""
-        head = find_head(bundle, self.head, "tokens")
+        super().check(bundle)
         values = bundle.config.horizon * bundle.config.action_dim
-        if set(bundle.action_tokenizers[head].token_lengths.tolist()) != {1}:
-            raise ConfigError(
-                explain("decoder.head", "tokens of one value each (bins)", f"{head!r}", "Use jacobi for FAST tokens.")
-            )
         if self.window > values:
             raise ConfigError(
                 explain("decoder.window", f"at most {values}, the tokens of a chunk", self.window, "0 takes them all.")

@@ -8,12 +8,27 @@ full with the actions that are executed while it is being inferred, and less and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla.decoding.base import DecodeInput
 from vla.errors import ConfigError, explain
 from vla.types import ActionChunk
+
+if TYPE_CHECKING:  # it needs torch
+    from vla.decoding.base import DecodeInput
+
+
+@dataclass(frozen=True)
+class Ensembling:
+    """decay: of the weights in `ensembled`. 0 is the plain mean; above 0 older chunks weigh more, below 0 newer."""
+
+    decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.decay):
+            raise ConfigError(explain("ensembling.decay", "a finite number", self.decay, "ACT takes 0.01."))
 
 
 def ensembled(
@@ -23,9 +38,8 @@ def ensembled(
     mean of all that the chunks say of each moment, weighted exp(-decay * i), i = 0 for the oldest of those that do.
 
     chunks: oldest first, of one period, with due times of one clock; an action counts for the slot nearest to its due
-    time. decay: 0 is the plain mean, above 0 older chunks weigh more (ACT: 0.01), below 0 newer ones. grippers: actions
-    that mean their sign. A mean of open and closed is neither, so they vote with those weights, the newest breaks a
-    tie, and the side that wins is averaged.
+    time. grippers: actions that the newest chunk decides alone. A mean of open and closed is neither, and between two
+    chunks a vote with these weights would always be the older one's.
     ConfigError: no chunks, different periods, or a slot that none of them knows.
     """
     periods = {chunk.period_ns for chunk in chunks}
@@ -43,20 +57,13 @@ def ensembled(
     if count < 1 or not known.any(axis=0).all():
         got = f"{count} slots until the newest ends, {int(known.any(axis=0).sum())} of them known"
         raise ConfigError(explain("start_ns", "a time that the chunks reach", got, "Begin later, or keep more chunks."))
-    weights = np.exp(-decay * (known.cumsum(axis=0) - 1)) * known
-    actions = _mean(said, weights)
-    for place in grippers:
-        sides = said[..., place] > 0
-        vote = (weights * np.where(sides, 1.0, -1.0)).sum(axis=0)
-        newest = np.take_along_axis(sides, (len(chunks) - 1 - known[::-1].argmax(axis=0))[None], axis=0)[0]
-        opens = np.where(np.isclose(vote, 0.0), newest, vote > 0)
-        actions[:, place] = _mean(said[..., place : place + 1], weights * (sides == opens))[:, 0]
+    exponents = np.where(known, -decay * (known.cumsum(axis=0) - 1), -np.inf)
+    weights = np.exp(exponents - exponents.max(axis=0))
+    actions = np.nansum(said * weights[..., None], axis=0) / weights.sum(axis=0)[:, None]
+    newest = len(chunks) - 1 - known[::-1].argmax(axis=0)
+    columns = list(grippers)
+    actions[:, columns] = said[newest, np.arange(count)][:, columns]
     return ActionChunk(actions.astype(np.float32), start_ns, chunks[-1].period_s)
-
-
-def _mean(said: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[C, n, A], weights [C, n] -> [n, A]"""
-    return np.nansum(said * weights[..., None], axis=0) / weights.sum(axis=0)[:, None]
 
 
 def soft_mask(committed: int, overlap: int, horizon: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators
+from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators, predictions
 from vla.errors import ConfigError, explain
 from vla.models.heads import signal_shares
 
@@ -38,16 +38,11 @@ class DiffusionDecoder:
 
     @torch.inference_mode()
     def decode(self, given: DecodeInput) -> Decoded:
-        model, prefix = given.bundle.model, given.prefix
         head = find_head(given.bundle, self.head, "hybrid")
-        noise = gaussian(given, generators(given))
-
-        def predict(noisy: Tensor, step: int) -> Tensor:
-            steps = torch.full((given.batch,), step, device=noisy.device)
-            return model.noise(prefix, head, noisy, steps).float()
-
+        predict = predictions(given, head, given.bundle.model.noise)
         total = given.bundle.config.head(head).noise_steps
-        return Decoded(ddim(predict, noise, self.steps, total).cpu().numpy(), self.steps)
+        actions = ddim(predict, gaussian(given, generators(given)), self.steps, total)
+        return Decoded(actions.cpu().numpy(), self.steps)
 
 
 def ladder(steps: int, total: int) -> list[int]:

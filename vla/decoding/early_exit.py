@@ -46,7 +46,7 @@ class EarlyExitDecoder(TokenDecoder):
         self.exact = threshold == 1
 
     def check(self, bundle: Bundle) -> None:
-        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        head = bundle.config.head(self.head_in(bundle))
         exit_of(head, bundle.config.transformer.depth, self.layer)
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -59,8 +59,9 @@ class AdaptiveEarlyExitDecoder(TokenDecoder):
 
     The published estimator learns over all calls. A decoder keeps nothing, so here each sample's mixture starts anew
     from the components given, Beta(low_alpha, low_beta) and Beta(high_alpha, high_beta), and learns from the
-    synchronisations of its own chunk, one step each; it corrects the start and does not replace it. Take the start from
-    `fit_mixture`; the default is the published one and knows nothing of the model. ratio: see `BetaMixture.threshold`.
+    synchronisations of its own chunk, one step each; it corrects the start and does not replace it. `vla calibrate
+    exit` finds the start for a policy; the default is the published one and knows nothing of the model. ratio: see
+    `BetaMixture.threshold`.
     Notes: those of EarlyExitDecoder, and "threshold" at the end, mean over the samples.
     """
 
@@ -78,7 +79,7 @@ class AdaptiveEarlyExitDecoder(TokenDecoder):
         self._mixture()  # refuses the rest
 
     def check(self, bundle: Bundle) -> None:
-        head = bundle.config.head(find_head(bundle, self.head, "tokens"))
+        head = bundle.config.head(self.head_in(bundle))
         exit_of(head, bundle.config.transformer.depth, self.layer)
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -262,12 +263,12 @@ def measure(suffix: TokenSuffix, grammar: Grammar, layer: int) -> tuple[list[flo
 
 
 @torch.inference_mode()
-def fit_mixture(
-    bundle: Bundle, prefixes: Iterable[Prefix], layer: int = 0, head: str = "", rounds: int = 200
-) -> BetaMixture:
-    """The mixture of a head's tokens behind some prefixes, decoded through the whole depth, tens of chunks or more.
+def measured(
+    bundle: Bundle, prefixes: Iterable[Prefix], layer: int = 0, head: str = ""
+) -> tuple[list[float], list[bool]]:
+    """`measure` of all tokens of a head behind some prefixes. layer, head: as EarlyExitDecoder's.
 
-    rounds: of EM over all tokens together; of the start, 0.95 ** 200 is left. layer, head: as EarlyExitDecoder's.
+    Tens of chunks or more; of scenes that no success is measured on.
     """
     EarlyExitDecoder(layer, head=head).check(bundle)
     name, config = find_head(bundle, head, "tokens"), bundle.config
@@ -283,12 +284,12 @@ def fit_mixture(
         agreed += more[1]
     if not confidences:
         raise ConfigError(explain("prefixes", "at least one", "none", "Give prefixes of validation frames."))
+    return confidences, agreed
+
+
+def fitted(confidences: Sequence[float], agreed: Sequence[bool], rounds: int = 200) -> BetaMixture:
+    """The mixture of what `measured` found. rounds: of EM over all tokens; of the start, 0.95 ** 200 is left."""
     mixture = BetaMixture()
     for _ in range(rounds):
         mixture.update(confidences, agreed)
     return mixture
-
-
-def calibrate(bundle: Bundle, prefixes: Iterable[Prefix], layer: int = 0, head: str = "", ratio: float = 0.4) -> float:
-    """The threshold for EarlyExitDecoder that `fit_mixture` finds behind these prefixes."""
-    return fit_mixture(bundle, prefixes, layer, head).threshold(ratio)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators
+from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators, predictions
 from vla.errors import ConfigError, explain
 
 
@@ -32,15 +32,9 @@ class FlowDecoder:
 
     @torch.inference_mode()
     def decode(self, given: DecodeInput) -> Decoded:
-        model, prefix = given.bundle.model, given.prefix
-        head = find_head(given.bundle, self.head, "flow")
-        noise = gaussian(given, generators(given))
-
-        def velocity(noisy: Tensor, time: float) -> Tensor:
-            times = torch.full((given.batch,), time, device=noisy.device)
-            return model.velocity(prefix, head, noisy.to(prefix.cache.keys.dtype), times).float()
-
-        return Decoded(euler(velocity, noise, self.steps).cpu().numpy(), self.steps)
+        velocity = predictions(given, find_head(given.bundle, self.head, "flow"), given.bundle.model.velocity)
+        actions = euler(velocity, gaussian(given, generators(given)), self.steps)
+        return Decoded(actions.cpu().numpy(), self.steps)
 
 
 def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int) -> Tensor:

@@ -13,11 +13,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, find_head, probabilities
-from vla.errors import ConfigError, explain
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, probabilities
 from vla.models.suffix import TokenSuffix
-from vla.tokenizers import BinTokenizer
 
 
 class ForcedPrefixDecoder(TokenDecoder):
@@ -29,14 +26,7 @@ class ForcedPrefixDecoder(TokenDecoder):
     """
 
     exact = False
-
-    def check(self, bundle: Bundle) -> None:
-        head = find_head(bundle, self.head, "tokens")
-        tokenizer = bundle.action_tokenizers[head]
-        if not isinstance(tokenizer, BinTokenizer):
-            got = f"{type(tokenizer).__name__}, of which each token says something of all actions"
-            remedy = "Use decoder=continued, or train a head with tokenizer.kind=bins."
-            raise ConfigError(explain(f"tokenizer of {head}", "one token per value", got, remedy))
+    tokenizer = "bins"  # a FAST token says something of all actions: for those there is ContinuedDecoder
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         normalizer, tokenizer = given.bundle.action_normalizer, given.bundle.action_tokenizers[head]

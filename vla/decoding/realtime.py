@@ -98,7 +98,7 @@ def _velocity(given: DecodeInput, head: str) -> Velocity:
         streams: list[Tensor | None] = [None] * len(config.transformer.experts)
         streams[expert] = module.embed(noisy.to(cache.keys.dtype))
         memory = PrefixMemory(layers)
-        hidden = model.transformer.run(streams, (cos, sin), bias, memory, length, condition=condition)[expert]
+        hidden = model.transformer(streams, (cos, sin), bias, memory, length, condition=condition)[expert]
         assert hidden is not None
         return module.read(model.transformer.finish(expert, hidden, condition)).float()
 

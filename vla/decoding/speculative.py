@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts, find_head, probabilities
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts, probabilities
 from vla.decoding.costs import best_length
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
-from vla.models.suffix import TokenSuffix
-from vla.tokenizers import BinTokenizer
+from vla.models.suffix import TokenSuffix, best_tokens
 
 DRAFTS = ("previous", "shallow", "head")
 
@@ -71,7 +70,7 @@ class SpeculativeDecoder(TokenDecoder):
         self.exact = temperature == 0
 
     def check(self, bundle: Bundle) -> None:
-        head = find_head(bundle, self.head, "tokens")
+        head = self.head_in(bundle)
         if self.draft == "shallow":
             exit_of(bundle.config.head(head), bundle.config.transformer.depth, self.layers, "decoder.layers")
         if self.draft == "head":
@@ -107,6 +106,8 @@ class RelaxedDecoder(SpeculativeDecoder):
     its models: measure. draft, length, layers, draft_head: as SpeculativeDecoder's.
     """
 
+    tokenizer = "bins"  # neighbouring ids of other tokens are different actions
+
     def __init__(
         self, distance: int = 3, draft: str = "previous", length: int = 8, layers: int = 0, draft_head: str = "",
         agreement: float = 0.7, head: str = "",
@@ -116,14 +117,6 @@ class RelaxedDecoder(SpeculativeDecoder):
             raise ConfigError(explain("decoder.distance", "at least 1 bin", distance, "Use speculative for 0."))
         self.distance = distance
         self.exact = False
-
-    def check(self, bundle: Bundle) -> None:
-        super().check(bundle)
-        head = find_head(bundle, self.head, "tokens")
-        if not isinstance(bundle.action_tokenizers[head], BinTokenizer):
-            got = f"{head!r} ({bundle.action_tokenizers[head].to_dict()['kind']})"
-            remedy = "Neighbouring ids of other tokens are different actions: use speculative."
-            raise ConfigError(explain("decoder.head", "a head of bins", got, remedy))
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         return self._generate(suffix, grammar, hints, Greedy(self.distance))
@@ -155,7 +148,7 @@ class Greedy:
 
     def rows(self, logits: Tensor) -> Any:
         """Constrained logits [B, Q, V] -> what `draw` and `judge` take, at [sample][place]; waits for the device."""
-        return logits.argmax(dim=-1).tolist()
+        return best_tokens(logits)
 
     def draw(self, row: Any, sample: int) -> tuple[int, Tensor | None]:
         """A draft token, and the distribution it was drawn from, if any."""

@@ -62,9 +62,10 @@ class Trace:
     """Rows of one run. `capacity` ticks; what comes after is counted in `dropped_rows`, never reallocated.
 
     Columns (numpy arrays, valid up to `rows`): tick_ns, due_ns, action [A], command [D], measured [D], verdict, reason,
-    chunk, index (-1 where no action was due), late_ns, cost_us (time the tick took).
-    Inference columns (up to `inferences`): infer_start_ns, infer_end_ns (on the loop's clock), infer_ms (wall time),
-    infer_passes, infer_repaired, infer_accepted.
+    chunk, index (-1 where no action was due), stamp_ns (observation the action came from, -1 if not known), late_ns,
+    cost_us (time the tick took).
+    Inference columns (up to `inferences`): infer_stamp_ns (observation), infer_start_ns, infer_end_ns (asked and
+    answered, on the loop's clock), infer_ms (what the policy took), infer_passes, infer_repaired, infer_accepted.
     """
 
     def __init__(self, embodiment: Embodiment, capacity: int = 1 << 16, inference_capacity: int | None = None) -> None:
@@ -84,10 +85,12 @@ class Trace:
         self.reason = np.zeros(capacity, np.uint8)
         self.chunk = np.zeros(capacity, np.int32)
         self.index = np.zeros(capacity, np.int32)
+        self.stamp_ns = np.full(capacity, -1, np.int64)
         self.late_ns = np.zeros(capacity, np.int64)
         self.cost_us = np.zeros(capacity, np.float32)
         self.missed = np.zeros(capacity, np.int32)
         slots = self.inference_capacity
+        self.infer_stamp_ns = np.zeros(slots, np.int64)
         self.infer_start_ns = np.zeros(slots, np.int64)
         self.infer_end_ns = np.zeros(slots, np.int64)
         self.infer_ms = np.zeros(slots, np.float64)
@@ -99,6 +102,13 @@ class Trace:
         self._shift_ns = self._last_ns = 0
 
     # ---- recording ----
+    def clear(self) -> None:
+        """Forget all rows, images and episodes; the memory stays."""
+        self.rows = self.inferences = self.dropped_rows = 0
+        self.episodes.clear()
+        self.images.clear()
+        self._shift_ns = self._last_ns = 0
+
     def begin(self, now_ns: int) -> None:
         """An episode begins. Simulated clocks start anew each time; later stamps are moved behind the last one."""
         if self.rows:
@@ -118,13 +128,14 @@ class Trace:
             self.due_ns[row] = stamp_ns
             self.action[row] = np.nan
             self.chunk[row] = self.index[row] = -1
-            self.late_ns[row] = 0
+            self.late_ns[row], self.stamp_ns[row] = 0, -1
         else:
             self.due_ns[row] = due.due_ns + self._shift_ns
             self.action[row] = due.action if due.action.shape == self.action.shape[1:] else np.nan
             self.chunk[row] = due.chunk_number
             self.index[row] = due.index
             self.late_ns[row] = now_ns - due.due_ns
+            self.stamp_ns[row] = self._shifted(due.stamp_ns)
         self.command[row] = decision.values
         self.measured[row] = measured if np.shape(measured) == self.measured.shape[1:] else np.nan
         self.verdict[row] = decision.verdict
@@ -134,19 +145,30 @@ class Trace:
         self.rows = row + 1
 
     def inference(
-        self, start_ns: int, end_ns: int, wall_ms: float, report: DecodeReport | None = None, accepted: bool = True
+        self,
+        start_ns: int,
+        end_ns: int,
+        took_ms: float,
+        report: DecodeReport | None = None,
+        accepted: bool = True,
+        stamp_ns: int = -1,
     ) -> None:
-        """Append one inference: from observation to chunk on the loop's clock, and the wall time it took."""
+        """Append one inference: asked and answered on the loop's clock, what the policy took of that, and the stamp of
+        the observation, -1 if not known."""
         row = self.inferences
         if row >= self.inference_capacity:
             self.dropped_rows += 1
             return
         shift = self._shift_ns
-        self.infer_start_ns[row], self.infer_end_ns[row], self.infer_ms[row] = start_ns + shift, end_ns + shift, wall_ms
+        self.infer_start_ns[row], self.infer_end_ns[row], self.infer_ms[row] = start_ns + shift, end_ns + shift, took_ms
+        self.infer_stamp_ns[row] = self._shifted(stamp_ns)
         if report is not None:
             self.infer_passes[row], self.infer_repaired[row] = report.passes, report.repaired
         self.infer_accepted[row] = accepted
         self.inferences = row + 1
+
+    def _shifted(self, stamp_ns: int) -> int:
+        return stamp_ns if stamp_ns < 0 else stamp_ns + self._shift_ns
 
     def add_episode(self, episode: EpisodeRow) -> None:
         self.episodes.append(replace(episode, stamp_ns=episode.stamp_ns + self._shift_ns))
@@ -214,6 +236,7 @@ class Trace:
                 "late_ms": float(self.late_ns[row]) * 1e-6,
                 "chunk": int(self.chunk[row]),
                 "index": int(self.index[row]),
+                "stamp_ns": int(self.stamp_ns[row]),
             }
             out.append((stamp_ns, "/vla/action", body))
         out.append((stamp_ns, "/vla/command", {"names": names, "values": _numbers(self.command[row])}))
@@ -232,6 +255,7 @@ class Trace:
 
     def _inference_message(self, row: int) -> dict[str, Any]:
         return {
+            "stamp_ns": int(self.infer_stamp_ns[row]),
             "start_ns": int(self.infer_start_ns[row]),
             "end_ns": int(self.infer_end_ns[row]),
             "wall_ms": float(self.infer_ms[row]),
@@ -282,6 +306,7 @@ class Trace:
             self.action[row], self.due_ns[row] = _values(body), body["due_ns"]
             self.chunk[row], self.index[row] = body["chunk"], body["index"]
             self.late_ns[row] = stamp_ns - body["due_ns"]
+            self.stamp_ns[row] = body.get("stamp_ns", -1)  # traces of the first release have none
         elif topic == "/vla/command":
             self.command[row] = _values(body)
         elif topic == "/vla/joint_states":
@@ -293,6 +318,7 @@ class Trace:
         elif topic == "/vla/inference":
             i = self.inferences
             self.infer_start_ns[i], self.infer_end_ns[i] = body["start_ns"], body["end_ns"]
+            self.infer_stamp_ns[i] = body.get("stamp_ns", -1)
             self.infer_ms[i], self.infer_passes[i] = body["wall_ms"], body["passes"]
             self.infer_repaired[i], self.infer_accepted[i] = body["repaired"], body["accepted"]
             self.inferences = i + 1
@@ -328,7 +354,9 @@ def _schema(topic: str) -> tuple[str, dict[str, Any]]:
     schemas: dict[str, tuple[str, dict[str, Any]]] = {
         "/vla/action": (
             "vla.Action",
-            {**vector, "due_ns": integer, "late_ms": number, "chunk": integer, "index": integer},
+            {
+                **vector, "due_ns": integer, "late_ms": number, "chunk": integer, "index": integer, "stamp_ns": integer,
+            },
         ),
         "/vla/command": ("vla.JointVector", vector),
         "/vla/joint_states": ("vla.JointVector", vector),
@@ -342,8 +370,8 @@ def _schema(topic: str) -> tuple[str, dict[str, Any]]:
         "/vla/inference": (
             "vla.Inference",
             {
-                "start_ns": integer, "end_ns": integer, "wall_ms": number, "passes": integer, "repaired": integer,
-                "accepted": {"type": "boolean"},
+                "stamp_ns": integer, "start_ns": integer, "end_ns": integer, "wall_ms": number, "passes": integer,
+                "repaired": integer, "accepted": {"type": "boolean"},
             },
         ),
         "/vla/episode": (
