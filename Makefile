@@ -12,7 +12,7 @@ USER_ID := $(shell id -u)
 
 # Rooms that hold numpy only, and what runs beside the arm: checked strictly.
 TYPED := vla/errors.py vla/types.py vla/embodiment.py vla/policy.py vla/resources.py vla/files.py vla/runtime vla/tokenizers \
-         vla/cli policies/hold.py ros_nodes
+         vla/cli policies/hold.py policies/parts.py policies/remote ros_nodes
 
 .PHONY: demo test install gl libero lint types unit clean
 .DEFAULT_GOAL := demo

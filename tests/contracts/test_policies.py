@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +10,31 @@ import pytest
 
 from policies.hold import HoldPolicy, ScriptedPolicy
 from policies.vla_policy import VlaPolicy
+from tests.remote.robots import served
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.embodiment import Embodiment
 from vla.policy import InferContext, InferResult, Policy
 from vla.resources import load_embodiment
 from vla.types import Observation
 
-MEMBERS = ("hold", "scripted", "vla", "vla, sampled")
+MEMBERS = ("hold", "scripted", "vla", "vla, sampled", "remote")
 START_NS = 7_000_000_000
 
 
 @pytest.fixture(scope="module", params=MEMBERS)
-def policy(request: pytest.FixtureRequest) -> Policy:
+def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
     robot = load_embodiment("tabletop")
     if request.param == "hold":
-        return HoldPolicy(robot)
-    if request.param == "scripted":
+        yield HoldPolicy(robot)
+    elif request.param == "scripted":
         chunks = np.random.default_rng(0).normal(size=(3, 4, robot.action_dim)).astype(np.float32)
-        return ScriptedPolicy(robot, list(chunks))
-    bundle: Path = request.getfixturevalue("tiny_bundle")
-    return VlaPolicy.from_bundle(bundle, AutoregressiveDecoder(1.0 if "sampled" in request.param else 0.0))
+        yield ScriptedPolicy(robot, list(chunks))
+    elif request.param == "remote":
+        with served(HoldPolicy(robot)) as remote:
+            yield remote
+    else:
+        bundle: Path = request.getfixturevalue("tiny_bundle")
+        yield VlaPolicy.from_bundle(bundle, AutoregressiveDecoder(1.0 if "sampled" in request.param else 0.0))
 
 
 def observation(robot: Embodiment, seed: int) -> Observation:
