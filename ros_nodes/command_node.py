@@ -3,9 +3,15 @@
     python -m ros_nodes.command_node --embodiment tabletop --out runs/trace
 
 Each control period it asks the policy for a chunk when the scheduler wants one, turns the due action into a joint
-command through the control loop (tool limits, inverse kinematics, gate) and publishes it. The policy's heartbeat is
-timed by its arrival on this machine's monotonic clock: after 150 ms of silence the arm brakes, even if actions are
-still due, and goes on when the policy is back. Every reason is on /diagnostics and in the trace.
+command through the control loop (tool limits, inverse kinematics, gate) and publishes it as the robot's driver takes it
+(ros_nodes/outputs.py). The policy's heartbeat is timed by its arrival on this machine's monotonic clock: after 150 ms
+of silence the arm brakes, even if actions are still due, and goes on when the policy is back.
+
+It also brakes, and says why, when joint states are late, jump, lose a joint or are not finite; when a camera is silent
+or shows the same picture while the arm moves (the policy's heartbeat tells); when two policies answer; when the clock
+jumps back; when the deadman switch is released, where one is asked for; and at /vla/estop, until the operator resumes.
+What is noticed between two control periods is acted upon at once. Every reason is on /diagnostics and in the trace.
+Collisions with itself or with the room are not its business: that is a planner's.
 """
 
 from __future__ import annotations
@@ -13,10 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ros_nodes import entry
 from ros_nodes.messages import (
@@ -24,35 +29,39 @@ from ros_nodes.messages import (
     OK,
     WARN,
     Diagnostics,
+    Flag,
     JointState,
     Message,
     Status,
     Text,
     Trajectory,
-    Values,
     trajectory_to_chunk,
 )
 from ros_nodes.node import (
     CHUNK,
     CONTROL,
     CONTROL_STATUS,
+    DEADMAN,
     DIAGNOSTICS,
+    EMERGENCY_STOP,
     HEARTBEAT,
     HEARTBEAT_TIMEOUT_NS,
     IDLE_BEATS,
     JOINT_STATES,
     REQUEST,
     SIM_STATUS,
+    Effect,
     Effects,
-    Endpoint,
     Job,
     Now,
     Periodic,
     Send,
 )
+from ros_nodes.outputs import Outputs
 from ros_nodes.request import ChunkId, Request
-from vla.embodiment import Embodiment
-from vla.errors import TransportError, VlaError, explain, nearest
+from ros_nodes.watch import Watch
+from vla.embodiment import Embodiment, Output
+from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
 from vla.files import write_text
 from vla.policy import DecodeReport, InferResult
 from vla.runtime.gate import Reason, Verdict
@@ -73,29 +82,38 @@ class CommandCore:
 
     slot_wait_s: a request made at the start of a control period may be answered this long into it before the period
     goes on without. 0 for policies that infer while the last chunk runs; for policies that plan one action at a time
-    (scripted experts) it must cover their answer.
+    (scripted experts) it must cover their answer. deadman: move only while /vla/deadman says true, at least every
+    150 ms. camera_timeout_s: how late the next picture of a camera may be, counted from when it should have come;
+    heartbeats that tell no stamps of pictures are not held to it. horizon_s: of trajectories, see ros_nodes/outputs.py.
     """
 
     name = "vla_command"
 
-    def __init__(self, loop: ControlLoop, out: Path | None = None, slot_wait_s: float = 0.0):
+    def __init__(
+        self,
+        loop: ControlLoop,
+        out: Path | None = None,
+        slot_wait_s: float = 0.0,
+        deadman: bool = False,
+        camera_timeout_s: float = 0.15,
+        horizon_s: float = 0.1,
+    ):
         self._loop, self._out = loop, out
         self._robot: Embodiment = loop.embodiment
         self._period_ns = round(NS_PER_S / self._robot.rate_hz)
         self._wait_ns = round(slot_wait_s * NS_PER_S)
-        self._topic = self._robot.command_topic or "/arm_controller/commands"
-        self._joint_names = tuple(joint.name for joint in self._robot.joints)
-        self.subscriptions = (JOINT_STATES, CHUNK, HEARTBEAT, SIM_STATUS, CONTROL)
-        self.publications = (Endpoint(self._topic, Values.type_name), REQUEST, CONTROL_STATUS, DIAGNOSTICS)
+        self._outputs = Outputs(self._robot, horizon_s)
+        self.subscriptions = (JOINT_STATES, CHUNK, HEARTBEAT, SIM_STATUS, CONTROL, EMERGENCY_STOP, DEADMAN)
+        self.publications = (*self._outputs.endpoints, REQUEST, CONTROL_STATUS, DIAGNOSTICS)
+        self.actions = self._outputs.actions
         self.next_tick_ns = 0
         self._slots = Periodic(self._period_ns)
         self._reports = Periodic(STATUS_PERIOD_NS)
-        self._joints: tuple[int, np.ndarray, np.ndarray | None] | None = None
-        self._joint_fault = "no joint states yet"
         self._beat_ns: int | None = None  # steady time of the last heartbeat
         self._policy_says = ""
         self._idle_beats = 0  # since the open request was sent
         self._episode: dict[str, Any] | None = None
+        self._success = False  # of the last episode
         self._phase = "idle"  # idle, armed (an episode is announced), running
         self._last_ns = 0
         self._silent = False
@@ -107,16 +125,19 @@ class CommandCore:
         self._last_reason: Reason | None = None
         self._stops: list[dict[str, Any]] = []
         self._commands = 0
+        self._watch = Watch(self._robot, deadman, camera_timeout_s)
 
     # ---- messages in ----
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
         effects: Effects = ()
         if isinstance(message, JointState):
-            self._on_joints(message)
+            self._watch.on_joints(message)
         elif isinstance(message, Trajectory):
             self._on_chunk(message, now)
         elif isinstance(message, Status):
             self._on_heartbeat(message, now)
+        elif isinstance(message, Flag):
+            self._on_flag(topic, message.data, now)
         elif topic == SIM_STATUS.topic and isinstance(message, Text):
             effects = self._guarded(topic, message, self._on_episode, now)
         elif topic == CONTROL.topic and isinstance(message, Text):
@@ -124,8 +145,13 @@ class CommandCore:
         return (*effects, *self._control(now))
 
     def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        if not reason:  # an action server that refused goals takes them again
+            self._faults.pop(topic, None)
+            return ()
         self._faults[topic] = reason
-        return ()
+        if topic == EMERGENCY_STOP.topic:  # whoever sent it meant something, and it can only have been one thing
+            self._on_flag(topic, True, now)
+        return self._control(now)
 
     def on_result(self, name: str, value: Any, now: Now) -> Effects:
         if isinstance(value, Exception):
@@ -149,28 +175,26 @@ class CommandCore:
         self._idle_beats = self._idle_beats + 1 if message.values.get("queue") == "0" else 0
         if away:
             self._loop.scheduler.new_sender()
+            self._watch.new_sender()
         if self._asked is not None and self._idle_beats >= (1 if away else IDLE_BEATS):
             self._loop.scheduler.withdraw()
             self._asked = None
+        self._watch.pictures(message, now)
 
-    def _on_joints(self, message: JointState) -> None:
-        index = {name: i for i, name in enumerate(message.names)}
-        missing = [name for name in self._joint_names if name not in index]
-        if missing or len(message.positions) != len(message.names):
-            got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
-            self._joint_fault = explain(
-                "joint states", f"positions of {list(self._joint_names)}", got, "Fix the driver."
-            )
-            self._joints = None
-            return
-        order = [index[name] for name in self._joint_names]
-        positions = message.positions[order]
-        if not np.all(np.isfinite(positions)):
-            self._joint_fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
-            self._joints = None
-            return
-        velocities = message.velocities[order] if len(message.velocities) == len(message.names) else None
-        self._joints, self._joint_fault = (message.stamp_ns, positions, velocities), ""
+    def _on_flag(self, topic: str, value: bool, now: Now) -> None:
+        if topic == EMERGENCY_STOP.topic:
+            self.estop(value)
+        elif topic == DEADMAN.topic:
+            self._watch.deadman(value, now.received_ns)
+
+    def estop(self, pressed: bool) -> None:
+        """What /vla/estop does, for shells with services."""
+        self._watch.estop(pressed)
+
+    def resume(self) -> None:
+        """Ends an operator's stop and an emergency stop that is no longer pressed; TransportError for one that is."""
+        self._watch.resume()
+        self._loop.request_stop(False)
 
     def _on_chunk(self, message: Trajectory, now: Now) -> None:
         try:
@@ -181,6 +205,8 @@ class CommandCore:
             return
         if self._phase != "running" or identity.episode != self._episode_number():
             return
+        if self._watch.stranger(identity.number, now):
+            return
         if self._asked is None or identity.request != self._asked[0]:
             self._faults["chunk"] = "a chunk that answers no open request: is a second policy running?"
             return
@@ -188,13 +214,14 @@ class CommandCore:
         refused = self._loop.scheduler.submit(InferResult(chunk, report), now.stamp_ns, identity.number)
         if self._loop.trace is not None:
             self._loop.trace.inference(
-                self._asked[1], now.stamp_ns, identity.infer_us * 1e-3, report, accepted=not refused
+                self._asked[1], now.stamp_ns, identity.infer_us * 1e-3, report, not refused, chunk.start_ns
             )
         if refused:
             self._faults["chunk"] = f"chunk refused: {refused}"
             return
         self._faults.pop("chunk", None)
         self._asked, self._policy_number = None, identity.number
+        self._watch.heard(identity.number)
         if self._open_until is not None:
             self._open_until = 0
 
@@ -211,8 +238,10 @@ class CommandCore:
         operation = str(data.get("op", ""))
         if operation == "go":
             self._begin(int(data["episode"]), int(data["seed"]), str(data.get("instruction", "")), now.stamp_ns)
-        elif operation in ("stop", "resume"):
-            self._loop.request_stop(operation == "stop")
+        elif operation == "stop":
+            self._loop.request_stop()
+        elif operation == "resume":
+            self.resume()
         elif operation == "done":
             self._finish(bool(data.get("success", False)), int(data.get("steps", 0)), "", now)
         elif operation == "save":
@@ -225,14 +254,16 @@ class CommandCore:
     def _begin(self, number: int, seed: int, instruction: str, start_ns: int) -> None:
         self._episode = {"episode": number, "seed": seed, "instruction": instruction, "start_ns": start_ns}
         self._phase, self._asked, self._open_until, self._requests = "armed", None, None, 0
+        self._watch.begin()
 
     def _start_if_ready(self, now: Now) -> None:
         """At rest, with joint states of this episode: the loop begins, its periods counted from the episode's start."""
         assert self._episode is not None
         start_ns = self._episode["start_ns"]
-        if now.stamp_ns < start_ns or self._joints is None or self._joints[0] < start_ns - self._period_ns:
+        joints = self._watch.joints
+        if now.stamp_ns < start_ns or joints is None or joints[0] < start_ns - self._period_ns:
             return
-        self._loop.reset(self._joints[1], now.stamp_ns)
+        self._loop.reset(joints[1], now.stamp_ns)
         if self._loop.trace is not None:
             self._loop.trace.begin(now.stamp_ns)
         self._slots = Periodic(self._period_ns, start_ns)
@@ -244,6 +275,7 @@ class CommandCore:
         return 0 if self._episode is None else int(self._episode["start_ns"])
 
     def _finish(self, success: bool, steps: int, task: str, now: Now) -> None:
+        self._success = success
         if self._episode is not None and self._phase == "running" and self._loop.trace is not None:
             seed, words = self._episode["seed"], self._episode["instruction"]
             self._loop.trace.add_episode(EpisodeRow(seed, task, words, success, steps, now.stamp_ns))
@@ -284,8 +316,10 @@ class CommandCore:
                 self._open_until = now.steady_ns + self._wait_ns
                 return request
             return (*request, *self._act(now))
-        # Silence is acted upon when it is noticed, not at the next period.
+        # Silence, and any other doubt, is acted upon when it is noticed, not at the next period.
         if self._beat_ns is not None and not self._silent and now.steady_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS:
+            return self._act(now)
+        if self._watch.doubt(now) not in (Reason.NONE, self._watch.acted):
             return self._act(now)
         return ()
 
@@ -308,10 +342,11 @@ class CommandCore:
             silence_ns = now.steady_ns - self._beat_ns
             self._silent = silence_ns >= HEARTBEAT_TIMEOUT_NS
             self._loop.heartbeat(now.stamp_ns - silence_ns)
-        stamp, positions, velocities = self._joints if self._joints is not None else (None, None, None)
+        stamp, positions, velocities = self._watch.joints or (None, None, None)
+        self._loop.hold(self._watch.act(now))
         command = self._loop.tick(now.stamp_ns, positions, velocities, stamp)
         self._commands += 1
-        effects: list[Send] = [Send(self._topic, Values(command.values))]
+        effects: list[Effect] = [*self._outputs.of(command.values, self._loop, now)]
         decision = self._loop.last[1]
         if decision is not None and decision.reason is not self._last_reason:
             self._last_reason = decision.reason
@@ -335,6 +370,7 @@ class CommandCore:
             CONTROL_STATUS.topic,
             Text.of(
                 phase=self._phase,
+                success=self._success,
                 episode=self._episode_number(),
                 verdict="" if decision is None else decision.verdict.name.lower(),
                 reason="" if decision is None else decision.reason.text,
@@ -342,6 +378,7 @@ class CommandCore:
                 missed=scheduler.missed_actions,
                 late=scheduler.late_actions,
                 chunks=scheduler.chunks,
+                time_scale=round(scheduler.time_scale, 3),
                 queue=scheduler.queue_depth,
                 refused=dict(scheduler.refused),
                 commands=self._commands,
@@ -353,7 +390,7 @@ class CommandCore:
         decision = self._loop.last[1] if self._phase == "running" else None
         reasons = [] if decision is None or not decision.reason else [decision.reason.text]
         level = ERROR if decision is not None and decision.verdict is Verdict.STOP else WARN if reasons else OK
-        faults = {**self._faults, **({"joint_states": self._joint_fault} if self._joint_fault else {})}
+        faults = self._faults | self._watch.faults(now, self._phase == "running")
         if faults:
             level = max(level, WARN)
         values = {**faults, "policy": self._policy_says, "phase": self._phase}
@@ -361,6 +398,24 @@ class CommandCore:
         return Send(
             DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (Status(level, self.name, text, values, self._robot.name),))
         )
+
+    def refusal(self, topic: str) -> str:
+        """Why the last message on `topic` was not followed, "" when it was; for shells with services."""
+        return self._faults.get(topic, "")
+
+    # ---- before the shell falls silent ----
+    def hold(self, now: Now) -> Effects:
+        """Begin to brake; `held` once at rest."""
+        self._watch.ending = True
+        return self._control(now)
+
+    def release(self) -> None:
+        """The shell speaks again."""
+        self._watch.ending = False
+
+    @property
+    def held(self) -> bool:
+        return self._phase != "running" or self._loop.gate.at_rest
 
     # ---- results ----
     def save(self) -> str:
@@ -395,41 +450,44 @@ def build_core(
     sequential: bool = False,
     slot_wait_s: float = 0.0,
     capacity: int = 1 << 18,
+    **watch: Any,
 ) -> CommandCore:
-    """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take."""
+    """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take. watch: further
+    keyword arguments of CommandCore."""
     scheduler = SequentialScheduler(execute) if sequential else OverlappedScheduler(execute, lead)
     trace = Trace(embodiment, capacity, capacity // 8)
-    return CommandCore(control_loop(embodiment, scheduler, trace), out, slot_wait_s)
+    return CommandCore(control_loop(embodiment, scheduler, trace), out, slot_wait_s, **watch)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    from ros_nodes import wheel_shell
+def build(options: argparse.Namespace) -> CommandCore:
+    """The core that COMMAND of ros_nodes/settings.py describes."""
     from vla.resources import load_embodiment
 
-    parser = argparse.ArgumentParser("command_node", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--embodiment", required=True, help="robot: a shipped name or a YAML file")
-    parser.add_argument("--out", type=Path, help="folder for trace.mcap and control.json, written at the end")
-    parser.add_argument("--execute", type=int, default=8, help="actions of a chunk to run before the next (default: 8)")
-    parser.add_argument("--lead", type=int, default=2, help="control periods that inference may take (default: 2)")
-    parser.add_argument("--sequential", action="store_true", help="ask only when all actions are executed")
-    parser.add_argument(
-        "--slot-wait",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="wait this long in a period for the chunk it asked for",
-    )
-    wheel_shell.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    core = build_core(
-        load_embodiment(options.embodiment),
-        options.out,
+    robot = load_embodiment(options.embodiment)
+    changes: dict[str, Any] = {}
+    if options.urdf:
+        changes["urdf"] = options.urdf
+    if options.robot_model:
+        changes["robot_model"] = str(Path(options.robot_model).resolve())
+    if options.output:
+        topic = options.output_topic or robot.command_topic
+        if not topic:
+            raise ConfigError(explain("output_topic", "the topic or action to send to", "none", "Name it."))
+        changes["outputs"] = (Output(topic, options.output, timeout_s=options.driver_timeout),)
+    return build_core(
+        replace(robot, **changes),
+        Path(options.out) if options.out else None,
         options.execute,
         options.lead,
         options.sequential,
         options.slot_wait,
+        deadman=options.deadman,
+        camera_timeout_s=options.camera_timeout,
     )
-    wheel_shell.run(core, options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return entry.on_wheel("command", arguments)
 
 
 if __name__ == "__main__":

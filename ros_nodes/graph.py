@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from policies.parts import Names, command_line
 from ros_nodes.messages import Diagnostics, Image, Message, Status, Text, decode, encode
 from ros_nodes.node import (
     CONTROL,
@@ -38,7 +39,7 @@ from ros_nodes.node import (
     SIM_STATUS,
     Endpoint,
 )
-from ros_nodes.wheel_shell import CLOCK_OFFSET_VARIABLE
+from ros_nodes.shell import CLOCK_OFFSET_VARIABLE
 from ros_nodes.wire import Participant, Publisher
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, explain
@@ -99,7 +100,7 @@ class Graph:
     """Simulator, policy and command node of one robot.
 
     env, task: of sim.environment. policy: "expert", "hold", a bundle folder or a shipped bundle's name. out: results,
-    logs and statistics. decoder: of the policy, a name in configs/decoder, then its settings as key=value.
+    logs and statistics. parts: what a bundle is run with, by name, see policies.parts.
     execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with real-time priority
     (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns, rgb uint8[H, W, 3]) is
     called on the receive thread with pictures of `watch` (camera names).
@@ -114,7 +115,7 @@ class Graph:
         out: Path,
         task: str | None = None,
         embodiment: Embodiment | None = None,
-        decoder: tuple[str, ...] = (),
+        parts: Names | None = None,
         execute: int = 8,
         lead: int = 2,
         real_time_factor: float | None = None,
@@ -153,8 +154,7 @@ class Graph:
         if not expert:
             robot = ["--embodiment", robot_name]
             options = ["--policy", policy, *robot, "--threads", str(threads), *sim_time]
-            options += ["--decoder", decoder[0]] if decoder else []
-            options += [part for setting in decoder[1:] for part in ("--decoder-option", setting)]
+            options += command_line(parts or {})
             self._commands["policy"] = ["ros_nodes.policy_node", *options]
         self._watch, self._on_image, self._restart = watch, on_image, restart
         self.restarts: list[tuple[float, str, int]] = []  # (monotonic seconds, node, exit code), see `restart`

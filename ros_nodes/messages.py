@@ -22,6 +22,10 @@ import numpy as np
 from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.store import Typestore
 
+from ros_nodes.discovery import GraphInfo as GraphInfo
+from ros_nodes.discovery import GraphNode as GraphNode
+from ros_nodes.discovery import graph_from, graph_to
+from ros_nodes.pictures import decompress
 from vla.errors import ConfigError, TransportError, explain, nearest
 from vla.types import NS_PER_S, ActionChunk
 
@@ -76,6 +80,21 @@ class Image:
 
 
 @dataclass(frozen=True, eq=False)
+class CompressedImage:
+    """sensor_msgs/CompressedImage. format: as image_transport writes it, with "jpeg" or "png" in it. data: the file."""
+
+    type_name: ClassVar[str] = "sensor_msgs/msg/CompressedImage"
+    stamp_ns: int
+    frame_id: str
+    format: str
+    data: bytes
+
+    def rgb(self) -> np.ndarray:
+        """uint8[H, W, 3] RGB, decoded. TransportError for another format, and for a file that is damaged or huge."""
+        return decompress(self.format, self.data)
+
+
+@dataclass(frozen=True, eq=False)
 class JointState:
     """sensor_msgs/JointState. positions, velocities, efforts: float64[J] in the order of `names`, or float64[0]."""
 
@@ -125,7 +144,10 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """trajectory_msgs/JointTrajectory. positions: float64[T, D]; times_ns: time_from_start of each point, T values."""
+    """trajectory_msgs/JointTrajectory. positions: float64[T, D]; times_ns: time_from_start of each point, T values.
+
+    velocities, accelerations: float64[T, D], or float64[0] for none.
+    """
 
     type_name: ClassVar[str] = "trajectory_msgs/msg/JointTrajectory"
     stamp_ns: int
@@ -133,6 +155,16 @@ class Trajectory:
     positions: np.ndarray
     times_ns: tuple[int, ...]
     frame_id: str = ""
+    velocities: np.ndarray = field(default_factory=lambda: np.empty(0))
+    accelerations: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass(frozen=True)
+class Flag:
+    """std_msgs/Bool."""
+
+    type_name: ClassVar[str] = "std_msgs/msg/Bool"
+    data: bool
 
 
 @dataclass(frozen=True)
@@ -167,26 +199,28 @@ class Diagnostics:
     statuses: tuple[Status, ...]
 
 
-@dataclass(frozen=True)
-class GraphNode:
-    """One node of a participant: its endpoints as 16-byte GUIDs."""
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """A message of any type, not decoded. data: CDR bytes with their encapsulation header, as they were on the wire."""
 
-    namespace: str
-    name: str
-    readers: tuple[bytes, ...]
-    writers: tuple[bytes, ...]
+    type_name: str
+    data: bytes
 
 
-@dataclass(frozen=True)
-class GraphInfo:
-    """rmw_dds_common/ParticipantEntitiesInfo: what `ros2 node list` reads from ros_discovery_info."""
-
-    type_name: ClassVar[str] = "rmw_dds_common/msg/ParticipantEntitiesInfo"
-    participant: bytes
-    nodes: tuple[GraphNode, ...]
-
-
-Message = Image | JointState | Text | Values | Trajectory | Clock | Status | Diagnostics | GraphInfo
+Message = (
+    Image
+    | CompressedImage
+    | JointState
+    | Text
+    | Values
+    | Flag
+    | Trajectory
+    | Clock
+    | Status
+    | Diagnostics
+    | GraphInfo
+    | Raw
+)
 
 
 # ---- action chunks ----
@@ -332,7 +366,11 @@ def _trajectory_to(m: Trajectory, make: Mapping[str, Any]) -> Any:
         make["builtin_interfaces/msg/Duration"],
         np.empty(0),
     )
-    points = [point(_f64(row), none, none, none, duration(*to_stamp(t))) for row, t in zip(m.positions, m.times_ns)]
+    rates = [rows if len(rows) else [none] * len(m.positions) for rows in (m.velocities, m.accelerations)]
+    points = [
+        point(_f64(row), _f64(velocity), _f64(acceleration), none, duration(*to_stamp(t)))
+        for row, velocity, acceleration, t in zip(m.positions, *rates, m.times_ns)
+    ]
     return make[m.type_name](_header(make, m.stamp_ns, m.frame_id), list(m.names), points)
 
 
@@ -346,7 +384,22 @@ def _trajectory_from(r: Any) -> Trajectory:
     positions = np.array([p.positions for p in r.points], np.float64).reshape(len(r.points), width)
     times = tuple(from_stamp(p.time_from_start.sec, p.time_from_start.nanosec) for p in r.points)
     stamp = from_stamp(r.header.stamp.sec, r.header.stamp.nanosec)
-    return Trajectory(stamp, tuple(r.joint_names), positions, times, r.header.frame_id)
+    return Trajectory(
+        stamp, tuple(r.joint_names), positions, times, r.header.frame_id,
+        _rates(r.points, "velocities", width), _rates(r.points, "accelerations", width),
+    )  # fmt: skip
+
+
+def _rates(points: Sequence[Any], key: str, width: int) -> np.ndarray:
+    """float64[T, D], or float64[0] where the points have none."""
+    lengths = {len(getattr(point, key)) for point in points}
+    if not lengths - {0}:
+        return np.empty(0)
+    if lengths != {width}:
+        raise TransportError(
+            explain(f"points.{key}", f"{width} values in every point", sorted(lengths), "One per joint name, or none.")
+        )
+    return np.array([getattr(point, key) for point in points], np.float64)
 
 
 def _clock_to(m: Clock, make: Mapping[str, Any]) -> Any:
@@ -371,57 +424,50 @@ def _diagnostics_from(r: Any) -> Diagnostics:
     return Diagnostics(stamp, tuple(_status_from(s) for s in r.status))
 
 
-def _graph_to(m: GraphInfo, make: Mapping[str, Any], gid_size: int) -> Any:
-    kind = make["rmw_dds_common/msg/Gid"]
-
-    def gid(guid: bytes) -> Any:
-        return kind(np.frombuffer(guid.ljust(gid_size, b"\0"), np.uint8))
-
-    entry = make["rmw_dds_common/msg/NodeEntitiesInfo"]
-    nodes = [entry(n.namespace, n.name, [gid(g) for g in n.readers], [gid(g) for g in n.writers]) for n in m.nodes]
-    return make[m.type_name](gid(m.participant), nodes)
+def _compressed_to(m: CompressedImage, make: Mapping[str, Any]) -> Any:
+    return make[m.type_name](_header(make, m.stamp_ns, m.frame_id), m.format, np.frombuffer(m.data, np.uint8))
 
 
-def _graph_from(r: Any) -> GraphInfo:
-    def guids(seq: Sequence[Any]) -> tuple[bytes, ...]:
-        return tuple(bytes(g.data[:16]) for g in seq)
-
-    nodes = (
-        GraphNode(n.node_namespace, n.node_name, guids(n.reader_gid_seq), guids(n.writer_gid_seq))
-        for n in r.node_entities_info_seq
-    )
-    return GraphInfo(bytes(r.gid.data[:16]), tuple(nodes))
+def _compressed_from(r: Any) -> CompressedImage:
+    stamp = from_stamp(r.header.stamp.sec, r.header.stamp.nanosec)
+    return CompressedImage(stamp, r.header.frame_id, r.format, r.data.tobytes())
 
 
 _TO: dict[type, Callable[[Any, Mapping[str, Any]], Any]] = {
+    CompressedImage: _compressed_to,
     JointState: _joint_state_to,
     Text: lambda m, make: make[m.type_name](m.data),
     Values: _values_to,
+    Flag: lambda m, make: make[m.type_name](m.data),
     Trajectory: _trajectory_to,
     Clock: _clock_to,
     Status: _status_to,
     Diagnostics: _diagnostics_to,
 }
 _FROM: dict[str, Callable[[Any], Message]] = {
+    CompressedImage.type_name: _compressed_from,
     JointState.type_name: _joint_state_from,
     Text.type_name: lambda r: Text(r.data),
     Values.type_name: lambda r: Values(_f64(r.data)),
     Trajectory.type_name: _trajectory_from,
+    Flag.type_name: lambda r: Flag(bool(r.data)),
     Clock.type_name: lambda r: Clock(from_stamp(r.clock.sec, r.clock.nanosec)),
     Status.type_name: _status_from,
     Diagnostics.type_name: _diagnostics_from,
-    GraphInfo.type_name: _graph_from,
+    GraphInfo.type_name: graph_from,
 }
 TYPE_NAMES = (Image.type_name, *_FROM)
 
 
 def encode(message: Message, distro: str = "jazzy") -> bytes | bytearray:
     """CDR bytes of a message, padded to 4 bytes."""
+    if isinstance(message, Raw):
+        return message.data
     if isinstance(message, Image):
         return encode_image(message)
     store = typestore(distro)
     if isinstance(message, GraphInfo):
-        ros = _graph_to(message, store.types, gid_size(distro))
+        ros = graph_to(message, store.types, gid_size(distro))
     else:
         ros = _TO[type(message)](message, store.types)
     data = bytes(store.serialize_cdr(ros, message.type_name, little_endian=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ros_nodes.messages import Clock, Diagnostics, JointState, Message, Status, Text, Trajectory
+from ros_nodes.messages import Clock, Diagnostics, Flag, JointState, Message, Status, Text, Trajectory
 
 
 # ---- quality of service ----
@@ -34,9 +34,12 @@ LATCHED = Quality(reliable=True, depth=1, latched=True)  # instruction, episode 
 
 @dataclass(frozen=True)
 class Endpoint:
+    """raw: of a subscription; the core gets the bytes as they came, as a Raw message, whatever is in them."""
+
     topic: str
     type_name: str
     quality: Quality = STATE
+    raw: bool = False
 
 
 # ---- the topics of the graph that do not depend on the embodiment ----
@@ -46,18 +49,27 @@ CHUNK = Endpoint("/vla/chunk", Trajectory.type_name)  # policy -> command node
 HEARTBEAT = Endpoint("/vla/heartbeat", Status.type_name)  # policy -> command node, 20 Hz
 CONTROL_STATUS = Endpoint("/vla/status", Text.type_name)  # command node: verdicts, counters
 CONTROL = Endpoint("/vla/control", Text.type_name)  # operator -> command node: {"op": one of command_node.OPERATIONS}
+# Operator -> command node. True stops the arm until the flag is false again *and* the operator resumes.
+EMERGENCY_STOP = Endpoint("/vla/estop", Flag.type_name)
+DEADMAN = Endpoint("/vla/deadman", Flag.type_name)  # true, again and again, while a hand is on the switch
 RESET = Endpoint("/sim/reset", Text.type_name)  # operator -> simulator: {"episode", "seed", "task", ...}
 SIM_STATUS = Endpoint("/sim/status", Text.type_name, LATCHED)
 JOINT_STATES = Endpoint("/joint_states", JointState.type_name)
 # The proprioceptive state vector itself, as JointState with the state_names: for robots whose state cannot be
 # computed from joint positions here, because no kinematic model ships with them.
 STATE_VECTOR = Endpoint("/state", JointState.type_name)
+RECORD = Endpoint("/vla/record", Text.type_name)  # operator -> recorder: one of recorder_node.MARKS
+RECORD_STATUS = Endpoint("/vla/record/status", Text.type_name, LATCHED)  # recorder: what it writes, what it lost
 CLOCK = Endpoint("/clock", Clock.type_name, LATEST)
 DIAGNOSTICS = Endpoint("/diagnostics", Diagnostics.type_name)
 
 HEARTBEAT_PERIOD_NS = 50_000_000
 HEARTBEAT_TIMEOUT_NS = 150_000_000
 IDLE_BEATS = 3  # heartbeats in a row that say "nothing to do" while a request is open: it, or its answer, was lost
+
+
+# Keys of the heartbeat's values, each before a camera's name: stamp of its newest picture, and a fingerprint of it.
+STAMP_KEY, PICTURE_KEY = "stamp_ns/", "picture/"
 
 
 # ---- time and effects ----
@@ -83,7 +95,18 @@ class Job(NamedTuple):
     run: Callable[[], Any]
 
 
-Effect = Send | Job
+class Goal(NamedTuple):
+    """`goal` for the action server `action`, in place of the one before; only shells with action clients (rclpy).
+
+    type_name: control_msgs/action/FollowJointTrajectory, whose goal here is a Trajectory, or
+    control_msgs/action/GripperCommand, whose goal is Values of (position, max_effort)."""
+
+    action: str
+    type_name: str
+    goal: Message
+
+
+Effect = Send | Job | Goal
 Effects = Sequence[Effect]
 
 

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from vla import configs
+from policies.parts import Parts
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, explain
 from vla.policy import Policy
-from vla.resources import bundle_path, load_embodiment
+from vla.resources import BUNDLE_MARKER, bundle_path, is_address, load_embodiment
 
 
 def load_policy(
-    name: str,
-    embodiment: str | None = None,
-    threads: int | None = None,
-    decoder: str = "autoregressive",
-    options: Sequence[str] = (),
+    name: str, embodiment: str | None = None, threads: int | None = None, parts: Parts | None = None
 ) -> Policy:
-    """name: a bundle folder, the name of a shipped bundle, "hold", or a .npy file with action chunks float[N, T, A] to
-    play one after the other. embodiment: the robot; a bundle must have been made for it, the others need it.
-    threads: CPU threads of torch in this process. decoder, options: of a bundle, a name in configs/decoder and its
-    settings as key=value.
+    """name: a bundle folder, the name of a shipped bundle, the ws:// address of `vla serve`, "hold", or a .npy file
+    with action chunks float[N, T, A] to play one after the other. embodiment: the robot; a bundle must have been made
+    for it, the others need it.
+    threads: CPU threads of torch in this process. parts: what a bundle is run with; the others take none.
 
     Raises BundleError for a bundle that is incomplete, EmbodimentMismatch for one of another robot.
     """
     robot = None if embodiment is None else load_embodiment(embodiment)
+    parts = parts or Parts()
     if name == "hold" or name.endswith(".npy"):
         if robot is None:
             raise ConfigError(explain("embodiment", f"a robot for {name!r}", "none", "Pass --embodiment."))
+        if parts != Parts():
+            raise ConfigError(explain("decoder, pruning, reuse, ensembling", "a bundle", repr(name), "Leave them out."))
         return _scripted(Path(name), robot) if name != "hold" else _hold(robot)
-    from policies.vla_policy import VlaPolicy
+    if is_address(name):
+        if robot is None:
+            raise ConfigError(explain("embodiment", f"a robot for {name!r}", "none", "Pass --embodiment."))
+        from policies.remote.attach import attached
 
-    policy = VlaPolicy.from_bundle(bundle_path(name), configs.load("decoder", decoder, options), threads=threads)
+        return attached(name, robot, parts)[0]
+    policy, inner = parts.load(bundle_path(name), threads=threads)
     if robot is not None:
         robot.require_same(policy.embodiment, f"robot {robot.name!r} and policy {name!r}")
-    policy.warm_up()
+    inner.warm_up()
     return policy
+
+
+def facts_of(name: str, parts: Parts) -> dict[str, str]:
+    """What decides the chunks of `load_policy(name, parts=parts)` beside their inputs, as text: the hash of the bundle,
+    the configs of its parts, the version of torch. {} for policies without weights and for those elsewhere."""
+    if name == "hold" or name.endswith(".npy") or is_address(name):
+        return {}
+    record = Path(bundle_path(name)) / BUNDLE_MARKER
+    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return {
+        "bundle": str(content.get("hashes", {}).get("content", "")),
+        "parts": json.dumps(parts.describe(), sort_keys=True),
+        "torch": metadata.version("torch"),
+    }
 
 
 def _hold(robot: Embodiment) -> Policy:

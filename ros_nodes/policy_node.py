@@ -14,8 +14,9 @@ import argparse
 import secrets
 import sys
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +40,10 @@ from ros_nodes.node import (
     HEARTBEAT_PERIOD_NS,
     INSTRUCTION,
     JOINT_STATES,
+    PICTURE_KEY,
     REQUEST,
     SENSOR,
+    STAMP_KEY,
     STATE_VECTOR,
     Effects,
     Endpoint,
@@ -53,6 +56,7 @@ from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
 from vla.errors import ObservationError, TransportError, VlaError, explain
 from vla.policy import InferContext, InferResult, Policy, infer
+from vla.runtime.scheduler import observed_later
 from vla.types import NS_PER_S, ActionChunk, Observation, check_instruction
 
 _FRAMES_KEPT = 8  # per camera: enough to find one that fits the other cameras
@@ -67,7 +71,8 @@ class PolicyCore:
 
     slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation.
     hang_limit_s: an inference that takes longer silences the heartbeat. first_number: of this process's chunks; far
-    from those of any other policy, so that the command node can tell them apart.
+    from those of any other policy, so that the command node can tell them apart. facts: what decides a chunk beside its
+    inputs; the heartbeat says it, so that a recording knows (see ros_nodes.policies.facts_of).
     """
 
     name = "vla_policy"
@@ -80,11 +85,14 @@ class PolicyCore:
         max_age_s: float = 0.5,
         hang_limit_s: float = 0.5,
         first_number: int = 0,
+        facts: Mapping[str, str] | None = None,
     ):
+        self._facts = dict(facts or {})
         self._policy, self._state_of = policy, state
         self._robot: Embodiment = policy.embodiment
         self._slop_ns, self._max_age_ns = round(slop_s * NS_PER_S), round(max_age_s * NS_PER_S)
         self._hang_ns = round(hang_limit_s * NS_PER_S)
+        self._period_ns = round(self._robot.period_s * NS_PER_S)
         self._cameras = {camera.topic: camera for camera in self._robot.cameras}
         source = JOINT_STATES if state is not None else STATE_VECTOR
         self._state_names = self._robot.command_names if state is not None else self._robot.state_names
@@ -105,12 +113,18 @@ class PolicyCore:
         self._waiting: Request | None = None
         self._waiting_since_ns = 0  # steady time
         self._running: tuple[Request, int] | None = None
+        self._offsets_ns: tuple[int, ...] = ()  # of the observation that is being answered, see ChunkId
         self._episode: int | None = None
         self._previous: tuple[int, InferResult] | None = None
         self._chunks, self._first_number = 0, first_number
         self._latencies_ms: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._last: dict[str, str] = {}
+        self._reused: deque[tuple[int, str]] = deque(maxlen=_LATENCIES_KEPT)
         self._refused = 0
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._robot
 
     @property
     def next_tick_ns(self) -> int:
@@ -210,8 +224,10 @@ class PolicyCore:
                 )  # fmt: skip
                 return None
             self._faults.pop("clock", None)
-            nearest = [image, *(f for f in found if f is not None)]
-            state = self._state_of(values) if self._state_of is not None else values.astype(np.float32)
+            frames = [f for f in found if f is not None]
+            nearest = [image, *(frame for _, frame in frames)]
+            self._offsets_ns = (values[0] - stamp, *(at - stamp for at, _ in frames))
+            state = self._state_of(values[1]) if self._state_of is not None else values[1].astype(np.float32)
             return Observation(dict(zip(self._frames, nearest)), state, self._instruction, stamp)
         return None
 
@@ -230,6 +246,7 @@ class PolicyCore:
         context = InferContext(
             previous, ids, request.executed, request.committed, observation.stamp_ns, request.infer_seed
         )
+        context = observed_later(context, (observation.stamp_ns - request.start_ns) // self._period_ns)
         result = infer(self._policy, observation.check(), context)
         if not np.all(np.isfinite(result.chunk.actions)):
             raise ObservationError(explain("chunk", "finite actions", "NaN or infinity", "Check the bundle."))
@@ -257,8 +274,11 @@ class PolicyCore:
             "confidence": f"{report.confidence:.3f}", "reused": report.reused,
         }  # fmt: skip
         chunk_id = ChunkId(
-            request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired
-        )
+            request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired,
+            self._offsets_ns,
+        )  # fmt: skip
+        if report.reused:
+            self._reused.append((self._chunks, report.reused))
         self._chunks += 1
         message = chunk_to_trajectory(result.chunk, self._robot.action_names, chunk_id.text())
         return (Send(CHUNK.topic, message), *self._try_to_infer(now))
@@ -286,7 +306,9 @@ class PolicyCore:
         """What the heartbeat says now."""
         fault = "; ".join(self._faults.values())[:400]
         level = OK if not fault else ERROR if "inference" in self._faults else WARN
-        return Status(level, self.name, fault or "ready", {**self._numbers(), **self._last}, self._robot.name)
+        return Status(
+            level, self.name, fault or "ready", {**self._facts, **self._numbers(), **self._last}, self._robot.name
+        )
 
     def _numbers(self) -> dict[str, str]:
         queue = int(self._waiting is not None) + int(self._running is not None)
@@ -295,53 +317,53 @@ class PolicyCore:
             newest = list(self._latencies_ms)[-_LATENCIES_SHOWN:]
             for key, share in (("p50", 50), ("p95", 95), ("p99", 99)):
                 numbers[f"latency_ms_{key}"] = f"{np.percentile(newest, share):.2f}"
+        for name, frames in self._frames.items():
+            if frames:
+                stamp_ns, picture = frames[-1]
+                numbers[STAMP_KEY + name] = str(stamp_ns)
+                numbers[PICTURE_KEY + name] = f"{zlib.crc32(picture[::8, ::8].tobytes()):08x}"
         return numbers
 
     def close(self, now: Now) -> Effects:
         return ()
 
     def summary(self) -> dict[str, Any]:
+        """reused: which chunks, counted from 0, are what was left of the one before, and why."""
         return {
             "chunks": self._chunks,
             "failed": self._refused,
+            "reused": list(self._reused),
             "inference_ms": [round(x, 3) for x in self._latencies_ms],
         }
 
 
-def _closest(items: deque[tuple[int, np.ndarray]], stamp_ns: int, slop_ns: int) -> np.ndarray | None:
+def _closest(items: deque[tuple[int, np.ndarray]], stamp_ns: int, slop_ns: int) -> tuple[int, np.ndarray] | None:
     best = min(items, key=lambda item: abs(item[0] - stamp_ns), default=None)
-    return best[1] if best is not None and abs(best[0] - stamp_ns) <= slop_ns else None
+    return best if best is not None and abs(best[0] - stamp_ns) <= slop_ns else None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    from ros_nodes import wheel_shell
-    from ros_nodes.policies import load_policy
+def build(options: argparse.Namespace) -> PolicyCore:
+    """The core that POLICY of ros_nodes/settings.py describes, its policy loaded and warm."""
+    from policies import parts
+    from ros_nodes.policies import facts_of, load_policy
 
-    parser = argparse.ArgumentParser("policy_node", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--policy", required=True, help="bundle folder, name of a shipped bundle, or 'hold'")
-    parser.add_argument("--decoder", default="autoregressive", help="name in configs/decoder (default: autoregressive)")
-    parser.add_argument(
-        "--decoder-option", action="append", default=[], metavar="KEY=VALUE", help="setting of the decoder; repeatable"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (default: 1)")
-    parser.add_argument("--embodiment", help="refuse a policy made for another robot; needed for 'hold'")
-    parser.add_argument(
-        "--slop", type=float, default=0.02, metavar="S", help="largest distance of stamps in one observation"
-    )
-    parser.add_argument("--max-age", type=float, default=0.5, metavar="S", help="oldest usable observation")
-    parser.add_argument(
-        "--hang-limit", type=float, default=0.5, metavar="S", help="inference time that silences the heartbeat"
-    )
-    wheel_shell.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    policy = load_policy(options.policy, options.embodiment, options.threads, options.decoder, options.decoder_option)
-    state = None
-    if policy.embodiment.action_space != "osc_delta":
+    run_with = parts.Parts.named(parts.named_in(options))
+    policy = load_policy(options.policy, options.embodiment or None, options.threads, run_with)
+    state: Callable[[np.ndarray], np.ndarray] | None = None
+    if policy.embodiment.state_is_joints:
+        state = policy.embodiment.joint_state_vector
+    elif policy.embodiment.action_space != "osc_delta":
         from vla.runtime.kinematics import Kinematics
 
         state = Kinematics(policy.embodiment).state
-    core = PolicyCore(policy, state, options.slop, options.max_age, options.hang_limit, secrets.randbits(40) << 10)
-    wheel_shell.run(core, options)
+    return PolicyCore(
+        policy, state, options.slop, options.max_age, options.hang_limit, secrets.randbits(40) << 10,
+        facts_of(options.policy, run_with),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return entry.on_wheel("policy", arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vla.policy import InferContext
 
 VERSION = 1
 MAX_COMMITTED = 256
+MAX_ID_CHARS = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +93,12 @@ def _integer(data: dict[str, Any], key: str) -> int:
 
 @dataclass(frozen=True)
 class ChunkId:
-    """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`.
+    """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`, with
+    the offsets, commas between, at the end.
 
-    number: running number of the policy process. infer_us: wall time of the inference.
+    number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of the joint states
+    and of each camera after the first, against the chunk's stamp: which messages the observation was made of. () where
+    that is not known.
     """
 
     episode: int
@@ -103,21 +107,25 @@ class ChunkId:
     infer_us: int = 0
     passes: int = 0
     repaired: int = 0
+    offsets_ns: tuple[int, ...] = ()
 
     def text(self) -> str:
         numbers = (self.episode, self.request, self.number, self.infer_us, self.passes, self.repaired)
-        return "/".join(["v1", *map(str, numbers)])
+        parts = ["v1", *map(str, numbers)]
+        return "/".join(parts + [",".join(map(str, self.offsets_ns))] * bool(self.offsets_ns))
 
     @classmethod
     def read(cls, text: str) -> ChunkId:
         """Inverse of `text`, or TransportError."""
-        version, *rest = text[:120].split("/")
+        version, *rest = text[:MAX_ID_CHARS].split("/")
         try:
-            numbers = [int(item) for item in rest]
+            numbers = [int(item) for item in rest[:6]]
+            offsets = tuple(int(item) for item in rest[6].split(",")) if len(rest) == 7 else ()
         except ValueError:
             numbers = []
-        if version != "v1" or len(numbers) != 6:
+        if version != "v1" or len(numbers) != 6 or len(rest) > 7:
             raise TransportError(
                 explain("chunk frame_id", "v1/ and six whole numbers", repr(text[:60]), "Run nodes of one release.")
             )
-        return cls(*numbers)
+        episode, request, number, infer_us, passes, repaired = numbers
+        return cls(episode, request, number, infer_us, passes, repaired, offsets)

@@ -358,27 +358,22 @@ def _integer(data: dict[str, Any], key: str) -> int:
     return value
 
 
-def main(arguments: list[str] | None = None) -> None:
-    from ros_nodes import wheel_shell
+def build(options: argparse.Namespace) -> SimCore:
+    """The core that SIM of ros_nodes/settings.py describes; options.use_sim_time becomes false, it is the clock."""
     from sim.environment import make
 
-    parser = argparse.ArgumentParser("sim_node", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--env", default="tabletop", help="environment (default: tabletop)")
-    parser.add_argument("--task", help="task name or number (default: the environment's own)")
-    parser.add_argument("--rtf", type=float, help="simulated seconds per wall second (default: 1; LIBERO: 0.25)")
-    parser.add_argument("--policy", choices=("none", "expert"), default="none", help="expert: answer requests here")
-    wheel_shell.add_arguments(parser)
-    options = parser.parse_args(arguments)
     environment = make(options.env, **({"task": options.task} if options.task else {}))
     expert = None
     if options.policy == "expert":
         from sim.control import make_expert
 
         expert = make_expert(options.env, environment)
-    factor = options.rtf if options.rtf is not None else 1.0 if hasattr(environment, "advance") else 0.25
-    core = SimCore(environment, expert, factor)
-    options.use_sim_time = False  # this node is the clock
-    wheel_shell.run(core, options)
+    options.use_sim_time = False
+    return SimCore(environment, expert, options.rtf or (1.0 if hasattr(environment, "advance") else 0.25))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return entry.on_wheel("sim", arguments)
 
 
 if __name__ == "__main__":

@@ -22,36 +22,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ros_nodes.messages import DISTROS, Clock, decode, encode
-from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Now, Send
+from ros_nodes.messages import DISTROS, Clock, Raw, decode, encode
+from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Send
+from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold
 from ros_nodes.wire import Participant, Publisher
-from vla.errors import TransportError
+from vla.errors import ConfigError, TransportError, explain
 from vla.files import write_text
 
-CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
 _WAKE, _RESULT = object(), object()
-SWITCH_INTERVAL_S = 5e-4
 _IDLE_NS = 200_000_000
-JOB_END_S = 3.0  # how long a job may go on after the end was asked for
-# From the signal on; then the process writes where its threads are to stderr, and ends. A long trace needs a while.
-EXIT_LIMIT_S = 45.0
-
-
-class GraphClock:
-    """Graph time. Wall: CLOCK_MONOTONIC plus one offset to the epoch, so it never jumps; processes started together
-    share the offset through an environment variable. Simulated: the newest /clock, 0 until the first."""
-
-    def __init__(self, simulated: bool = False):
-        self.simulated, self._simulated_ns = simulated, 0
-        given = os.environ.get(CLOCK_OFFSET_VARIABLE, "")
-        self._offset_ns = int(given) if given else time.time_ns() - time.monotonic_ns()
-
-    def now(self, received_ns: int = 0) -> Now:
-        steady = time.monotonic_ns()
-        return Now(self._simulated_ns if self.simulated else steady + self._offset_ns, steady, received_ns)
-
-    def follow(self, stamp_ns: int) -> None:
-        self._simulated_ns = stamp_ns
 
 
 class WheelShell:
@@ -66,11 +45,15 @@ class WheelShell:
         use_sim_time: bool = False,
         stats_path: Path | None = None,
     ):
+        if actions := [name for name, _ in getattr(core, "actions", ())]:
+            remedy = "Actions need rclpy; without it send a trajectory to the controller's topic."
+            raise ConfigError(explain(f"outputs of {core.name}", "topics", f"actions {actions}", remedy))
         self.core, self.clock, self._distro, self._stats_path = core, GraphClock(use_sim_time), distro, stats_path
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._worker = Worker(core.name, lambda name, value: self._inbox.put((_RESULT, name, value)))
         self._boxes: dict[str, deque[tuple[bytes, int]]] = {}
         self._types: dict[str, str] = {}
+        self._raw: set[str] = set()  # topics whose messages are handed on as bytes
         self.counts: dict[str, dict[str, int]] = {"overrun": {}, "rejected": {}, "failed": {}}
         self._stopping = False
         self.job_stuck = False  # a job did not end in time; its thread lives on
@@ -85,6 +68,8 @@ class WheelShell:
         for e in endpoints:
             self._boxes[e.topic] = deque(maxlen=e.quality.depth)
             self._types[e.topic] = e.type_name
+            if e.raw:
+                self._raw.add(e.topic)
             self._participant.subscribe(e.topic, e.type_name, e.quality, self._receiver(e.topic))
 
     def stop(self) -> None:
@@ -93,26 +78,23 @@ class WheelShell:
         self._inbox.put(_WAKE)
 
     def run(self) -> None:
-        # The receive thread must get the interpreter while the core computes: the default of 5 ms is our whole budget.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        worker = threading.Thread(target=self._work, name=f"{self.core.name}-worker", daemon=True)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
-        worker.start()
+        self._worker.start()
         self._participant.start()
         try:
             while not self._stopping:
                 self._step()
+            hold(self.core, self._perform, self.clock.now)
         finally:
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends even a close that hangs
                     signal.signal(number, signal.SIG_DFL)
             # The worker first: it may be using what the core is about to close, and a thread that still computes while
             # the interpreter goes down can hang or crash it.
-            self._jobs.put(None)
-            worker.join(JOB_END_S)
-            self.job_stuck = worker.is_alive()
+            self.job_stuck = self._worker.end(JOB_END_S)
             try:
                 self._perform(self.core.close(self.clock.now()))
             finally:
@@ -140,6 +122,10 @@ class WheelShell:
             data, received_ns = self._boxes[topic].popleft()
         except IndexError:  # overwritten by a newer message, which has its own turn
             return
+        if topic in self._raw:
+            raw = Raw(self._types[topic], data)
+            self._perform(self.core.on_message(topic, raw, self.clock.now(received_ns)))
+            return
         try:
             message = decode(self._types[topic], data, self._distro)
         except TransportError as error:
@@ -159,8 +145,8 @@ class WheelShell:
                     self._publishers[effect.topic].publish(encode(effect.message, self._distro))
                 except TransportError:
                     self._count("failed", effect.topic)
-            else:
-                self._jobs.put(effect)
+            elif isinstance(effect, Job):  # there are no action clients here: a core with goals is not started
+                self._worker.put(effect)
 
     # ---- other threads ----
     def _receiver(self, topic: str) -> Any:
@@ -173,15 +159,6 @@ class WheelShell:
             self._inbox.put(topic)
 
         return receive
-
-    def _work(self) -> None:
-        _yield_to_other_threads()
-        while (job := self._jobs.get()) is not None:
-            try:
-                value = job.run()
-            except Exception as error:  # the core decides what a failed job means
-                value = error
-            self._inbox.put((_RESULT, job.name, value))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.bounded_exit:
@@ -214,13 +191,6 @@ class WheelShell:
         write_text(self._stats_path, json.dumps(self.stats(), indent=1))
 
 
-def _yield_to_other_threads() -> None:
-    """Under real-time scheduling, let this thread be preempted by those that receive and answer."""
-    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO):
-        priority = os.sched_getparam(0).sched_priority
-        os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_param(max(1, priority // 2)))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options every node has."""
     group = parser.add_argument_group("ROS 2 graph")
@@ -238,8 +208,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(core: NodeCore, options: argparse.Namespace) -> None:
     """Run `core` with the options of `add_arguments` until SIGINT or SIGTERM; the process's last act.
 
-    A job that hangs, or an end that takes longer than EXIT_LIMIT_S, ends the process with code 1.
+    A job that hangs, or an end that takes longer than EXIT_LIMIT_S, ends the process with code 1. ConfigError for a
+    core with goals for action servers.
     """
+    if goals := [name for name, _ in getattr(core, "actions", ())]:
+        remedy = "Actions need rclpy; without it use kind: trajectory on the controller's topic."
+        raise ConfigError(explain("outputs", "topics", f"actions {goals}", remedy))
     shell = WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats)
     shell.bounded_exit = True
     shell.run()

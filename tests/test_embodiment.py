@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vla.embodiment import Camera, Embodiment
+from vla.embodiment import Camera, Embodiment, Joint, Output
 from vla.errors import ConfigError, EmbodimentMismatch, ObservationError
-from vla.resources import load_embodiment
+from vla.resources import bundle_path, config_dir, embodiment_names, load_embodiment
+from vla.runtime.limits import JointLimits
 from vla.types import ActionChunk, ControlMode, Observation, check_instruction
 
 ROBOT = load_embodiment("tabletop")
@@ -50,8 +52,75 @@ def test_what_a_policy_does_not_see_may_differ() -> None:
     ROBOT.require_same(replace(ROBOT, name="another", command_topic="/other", max_tool_speed_m_s=0.1), "two arms")
 
 
-def test_plain_data_rebuilds_the_same() -> None:
-    assert Embodiment.from_dict(ROBOT.to_dict()) == ROBOT
+@pytest.mark.parametrize("name", embodiment_names())
+def test_plain_data_rebuilds_the_same(name: str) -> None:
+    robot = load_embodiment(name)
+    assert Embodiment.from_dict(json.loads(json.dumps(robot.to_dict()))) == robot
+
+
+def test_the_shipped_bundle_still_means_the_same_robot() -> None:
+    stored = json.loads((bundle_path("tabletop") / "bundle.json").read_text())["embodiment"]
+    old = Embodiment.from_dict(stored)
+    assert old == ROBOT and stored == json.loads(json.dumps(ROBOT.to_dict())), "written as ever, read as ever"
+    old.require_same(ROBOT, "the bundle and the robot")
+    assert JointLimits.of(old).jerk is None and old.max_time_scale == 1.0
+    assert old.sinks == (Output("/joint_commands"),)
+
+
+@pytest.mark.parametrize("name", ["panda", "ur5e", "so100", "so101", "aloha"])
+def test_a_described_robot_is_complete(name: str) -> None:
+    robot = load_embodiment(name)
+    limits, home = JointLimits.of(robot), np.array(robot.home)
+    assert limits.jerk is not None and robot.max_time_scale > 1
+    assert np.all(home >= limits.lower) and np.all(home <= limits.upper)
+    assert robot.action_dim == len(robot.joints) and robot.cameras and all(camera.topic for camera in robot.cameras)
+    assert robot.state_is_joints
+    np.testing.assert_array_equal(robot.joint_state_vector(home), home.astype(np.float32))
+    # Full acceleration is reached within a few periods and well before full speed: neither limit is an afterthought.
+    assert np.all(limits.acceleration / limits.jerk < 5 * robot.period_s)
+    assert len(robot.grippers) == len(robot.gripper_joints) == {"ur5e": 0, "aloha": 2}.get(name, 1)
+    text = (config_dir() / "embodiment" / f"{name}.yaml").read_text()
+    assert "Sources:" in text, "every value says where it is from"
+
+
+PARTS = (Output("/arm", "trajectory", ("joint1", "joint2")), Output("/hand", "gripper_command", ("gripper",)))
+SMALL = replace(ROBOT, joints=(ROBOT.joints[0], ROBOT.joints[1], ROBOT.joints[7]))
+
+
+def test_outputs_cover_every_joint_once() -> None:
+    robot = replace(SMALL, outputs=PARTS)
+    assert robot.sinks == PARTS and Embodiment.from_dict(robot.to_dict()) == robot
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (PARTS[:1], "none for \\['gripper'\\]"),
+        ((*PARTS, Output("/more", "positions", ("joint1",))), "two for \\['joint1'\\]"),
+        ((Output("/arm", "position"),), "Did you mean 'positions'"),
+        ((Output("/arm", "positions", ("joint1", "joint3", "gripper")),), "'joint3' is no joint"),
+        ((Output("/arm", "velocities"),), "timeout_s.*the driver stops by itself"),
+        ((Output("/arm", "gripper_command"),), "expected one joint"),
+        ((Output("/arm", names=("a",)),), "expected 0 names"),
+    ],
+)
+def test_outputs_that_cannot_be_right_are_refused(outputs: tuple[Output, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, outputs=outputs)
+    with pytest.raises(ConfigError, match="max_time_scale"):
+        replace(SMALL, max_time_scale=0.5)
+
+
+def test_velocities_are_sent_to_a_driver_that_stops_by_itself() -> None:
+    assert replace(SMALL, outputs=(Output("/arm", "velocities", timeout_s=0.1),)).sinks[0].timeout_s == 0.1
+
+
+def test_jerk_is_limited_for_all_joints_or_for_none() -> None:
+    joints = (Joint("a", -1, 1, 1, 1, 10.0), Joint("b", -1, 1, 1, 1))
+    with pytest.raises(ConfigError, match=r"every joint, or for none.*\['b'\]"):
+        JointLimits.of(replace(ROBOT, joints=joints))
+    with pytest.raises(ConfigError, match=r"b\.max_jerk: expected a positive number"):
+        JointLimits.of(replace(ROBOT, joints=(joints[0], replace(joints[1], max_jerk=0.0))))
 
 
 @pytest.mark.parametrize(

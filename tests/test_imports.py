@@ -24,7 +24,12 @@ FORBIDDEN = {
 }
 
 NUMPY_ONLY = ("vla.types", "vla.embodiment", "vla.policy", "vla.errors", "vla.resources")
-NO_TORCH = (*NUMPY_ONLY, "vla.runtime", "policies.hold")
+# What a robot's own computer loads to be driven from elsewhere: numpy, and what speaks over the socket.
+CLIENT_ONLY = tuple(f"policies.remote.{name}" for name in ("packing", "protocol", "client"))
+NO_TORCH = (
+    *NUMPY_ONLY, "vla.runtime",
+    "policies.hold", "policies.ensembling_policy", "policies.reuse_policy", "policies.parts", "policies.remote",
+)  # fmt: skip
 # third-party packages -> rooms that may import them
 ONLY_IN = {
     "mujoco": ("vla.runtime.kinematics", "sim"),
@@ -33,6 +38,8 @@ ONLY_IN = {
     "omegaconf": ("vla.cli",),
     "rclpy": ("ros_nodes",),
     "cyclonedds": ("ros_nodes",),
+    "websockets": ("policies.remote",),
+    "msgpack": ("policies.remote",),
     "pickle": (),
 }
 
@@ -92,6 +99,15 @@ def test_third_parties_stay_in_their_rooms(name: str, path: Path) -> None:
 def test_core_types_need_numpy_only(name: str, path: Path) -> None:
     wrong = {i.split(".")[0] for i in imports(name, path)} - set(sys.stdlib_module_names) - {"vla", "numpy", "yaml"}
     assert not wrong, f"{name} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize(("name", "path"), [(n, p) for n, p in MODULES if n in CLIENT_ONLY], ids=CLIENT_ONLY)
+def test_a_remote_client_needs_little(name: str, path: Path) -> None:
+    wrong = {i.split(".")[0] for i in imports(name, path)} - set(sys.stdlib_module_names)
+    assert wrong <= {"vla", "policies", "numpy", "websockets", "msgpack"}, f"{name} imports {sorted(wrong)}"
+    ours = {i for i in imports(name, path) if i.startswith(("vla.", "policies."))}
+    light = (*NUMPY_ONLY, "vla", "policies", "policies.remote")
+    assert all(any(inside(i, room) for room in light) for i in ours), f"{name} imports {sorted(ours)}"
 
 
 def test_light_rooms_load_without_torch() -> None:

@@ -17,6 +17,7 @@ from vla.types import Command, ControlMode
 
 ACTION_SPACES = ("ee_delta", "osc_delta", "joint_position")
 ROTATION_FORMATS = ("axis_angle", "euler_xyz", "quaternion_xyzw", "rotation_6d", "none")
+OUTPUT_KINDS = ("positions", "velocities", "trajectory", "follow_joint_trajectory", "gripper_command")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,34 @@ class Camera:
 
 @dataclass(frozen=True)
 class Joint:
-    """Limits of one commanded joint, rad (m for sliding joints), per second, per second squared."""
+    """Limits of one commanded joint, rad (m for sliding joints), per second, per second squared, per second cubed.
+
+    max_jerk: None when the robot states none; then jerk is not limited. All joints of a robot state one, or none does.
+    """
 
     name: str
     lower: float
     upper: float
     max_velocity: float
     max_acceleration: float
+    max_jerk: float | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where commands go, and as what.
+
+    topic: a topic, or the name of an action. kind: positions or velocities (std_msgs/Float64MultiArray), trajectory
+    (trajectory_msgs/JointTrajectory), follow_joint_trajectory or gripper_command (actions of control_msgs). joints:
+    which, in this order; () for all. names: what the driver calls them, where it differs. timeout_s: after how long
+    without a command the driver stops by itself; velocities are refused without one, because nothing else ends them.
+    """
+
+    topic: str
+    kind: str = "positions"
+    joints: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    timeout_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,10 @@ class Embodiment:
     gripper last if it is one of them. workspace_lower/upper: metres in the robot base frame, of the tool point.
     max_tool_speed_m_s: cartesian limit. cameras: in model order. robot_model: MJCF or URDF file, relative to the
     embodiment models folder, used for kinematics ("" when the control mode needs none). tool_site: the site of the
-    model that actions move. home: joint positions of a safe start.
+    model that actions move. home: joint positions of a safe start. command_topic: of one Float64MultiArray with all
+    joints; outputs: instead of it, where it takes several or another kind. urdf: file whose limits hold too, the
+    stricter of each. max_time_scale: a chunk that is too fast is slowed down as a whole up to this factor, and refused
+    beyond it; 1 leaves chunks as they are, for the Gate to limit tick by tick.
     """
 
     name: str
@@ -73,6 +98,9 @@ class Embodiment:
     tool_site: str = ""
     home: tuple[float, ...] = ()
     command_topic: str = ""
+    outputs: tuple[Output, ...] = ()
+    urdf: str = ""
+    max_time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         where = f"embodiment {self.name!r}"
@@ -98,6 +126,42 @@ class Embodiment:
             )
         if not self.rate_hz > 0:
             raise ConfigError(explain(f"{where}.rate_hz", "a positive rate", self.rate_hz, "Give actions per second."))
+        if not 1.0 <= self.max_time_scale < np.inf:
+            raise ConfigError(
+                explain(f"{where}.max_time_scale", "1 or more", self.max_time_scale, "1 never slows a chunk down.")
+            )
+        self._check_outputs(where)
+
+    def _check_outputs(self, where: str) -> None:
+        names = [joint.name for joint in self.joints]
+        sent: list[str] = []
+        for output in self.outputs:
+            key = f"{where}.outputs[{output.topic}]"
+            if output.kind not in OUTPUT_KINDS:
+                raise ConfigError(f"{key}.kind: {output.kind!r} is unknown. {nearest(output.kind, OUTPUT_KINDS)}")
+            for name in output.joints:
+                if name not in names:
+                    raise ConfigError(f"{key}.joints: {name!r} is no joint of {self.name}. {nearest(name, names)}")
+            if output.names and len(output.names) != len(output.joints):
+                raise ConfigError(
+                    explain(f"{key}.names", f"{len(output.joints)} names", len(output.names), "One per joint.")
+                )
+            if output.kind == "velocities" and not output.timeout_s > 0:
+                raise ConfigError(
+                    explain(
+                        f"{key}.timeout_s",
+                        "the time after which the driver stops by itself",
+                        output.timeout_s,
+                        "A velocity goes on when this process dies: set the driver's command timeout, and state it.",
+                    )
+                )
+            if output.kind == "gripper_command" and len(output.joints) != 1:
+                raise ConfigError(explain(f"{key}.joints", "one joint", list(output.joints), "Name the gripper's."))
+            sent += output.joints or names
+        missing = [name for name in names if self.outputs and name not in sent]
+        if missing or len(sent) != len(set(sent)):
+            got = f"none for {missing}" if missing else f"two for {[n for n in names if sent.count(n) > 1]}"
+            raise ConfigError(explain(f"{where}.outputs", "one output for every joint", got, "Correct the joints."))
 
     # ---- sizes and names ----
     @property
@@ -125,6 +189,27 @@ class Embodiment:
     @property
     def camera_names(self) -> tuple[str, ...]:
         return tuple(camera.name for camera in self.cameras)
+
+    @property
+    def gripper_joints(self) -> tuple[int, ...]:
+        """Which entries of a command are grippers, by their names."""
+        names = self.command_names
+        return tuple(place for place, name in enumerate(names) if "gripper" in name or "finger" in name)
+
+    @property
+    def sinks(self) -> tuple[Output, ...]:
+        """The outputs, or the one that `command_topic` stands for."""
+        return self.outputs or (Output(self.command_topic or "/arm_controller/commands"),)
+
+    @property
+    def state_is_joints(self) -> bool:
+        """The state is read from joint states by name: no kinematics are needed for it."""
+        return set(self.state_names) <= {joint.name for joint in self.joints}
+
+    def joint_state_vector(self, positions: np.ndarray) -> np.ndarray:
+        """float32[S] in the order of state_names from positions float64[D] of the joints; see `state_is_joints`."""
+        places = {joint.name: place for place, joint in enumerate(self.joints)}
+        return np.asarray(positions, np.float64)[[places[name] for name in self.state_names]].astype(np.float32)
 
     def camera(self, name: str) -> Camera:
         for camera in self.cameras:
@@ -168,9 +253,16 @@ class Embodiment:
 
     # ---- plain data ----
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON and YAML; `from_dict` inverts it."""
+        """Plain data for JSON and YAML; `from_dict` inverts it. What the first format did not have is left out where
+        it says nothing, so that a robot that needs none of it is written as ever."""
         data = asdict(self)
         data["control_mode"] = self.control_mode.value
+        for key, nothing in (("outputs", ()), ("urdf", ""), ("max_time_scale", 1.0)):
+            if data[key] == nothing:
+                del data[key]
+        for joint in data["joints"]:
+            if joint["max_jerk"] is None:
+                del joint["max_jerk"]
         return data
 
     @classmethod
@@ -194,6 +286,7 @@ class Embodiment:
             ) from error
         values["cameras"] = tuple(_build(Camera, "camera", item) for item in values["cameras"])
         values["joints"] = tuple(_build(Joint, "joint", item) for item in values.get("joints", ()))
+        values["outputs"] = tuple(_build(Output, "output", item) for item in values.get("outputs", ()))
         for key in ("action_names", "action_units", "state_names"):
             values[key] = tuple(str(item) for item in values[key])
         for key in ("workspace_lower", "workspace_upper", "home"):
@@ -213,7 +306,7 @@ def _build(kind: type, what: str, item: Any) -> Any:
         return item
     _refuse_unknown(what, item, {f.name for f in fields(kind)})
     try:
-        return kind(**item)
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
     except TypeError as error:
         raise ConfigError(f"{what} {dict(item)}: {error}. Give {[f.name for f in fields(kind)]}.") from error
 

@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from policies.ensembling_policy import EnsemblingPolicy
 from policies.hold import HoldPolicy
+from policies.reuse_policy import ReusePolicy
+from policies.vla_policy import VlaPolicy
 from ros_nodes import messages as m
+from ros_nodes import policy_node
 from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
 from ros_nodes.policy_node import PolicyCore
 from ros_nodes.request import ChunkId, Request
-from vla.errors import TransportError
-from vla.policy import InferContext, InferResult
+from tests.decoding.test_continuous import bundle_of
+from vla.decoding.autoregressive import AutoregressiveDecoder
+from vla.errors import ConfigError, TransportError
+from vla.models.heads import HeadConfig
+from vla.policy import DecodeReport, InferContext, InferResult
 from vla.resources import load_embodiment
 from vla.types import ActionChunk, Observation
 
@@ -46,8 +53,8 @@ class Recording(HoldPolicy):
 class Driver:
     """A shell without threads: jobs run at once, time moves when told."""
 
-    def __init__(self, **options: Any) -> None:
-        self.policy = Recording()
+    def __init__(self, policy: Any = None, **options: Any) -> None:
+        self.policy = policy or Recording()
         self.core = PolicyCore(self.policy, lambda q: q[:7].astype(np.float32), **options)
         self.time_ns = 0
         self.sent: list[Send] = []
@@ -179,6 +186,21 @@ def test_the_context_carries_what_was_executed() -> None:
     assert driver.policy.seen[2][1].previous is None and driver.policy.seeds == [11, 11]
 
 
+def test_an_image_taken_later_finds_less_left_of_what_was_committed() -> None:
+    driver = Driver().ready()
+    driver.ask(number=0)
+    committed = np.array([[0.1] * 7, [0.2] * 7], np.float32)
+    running = {"previous": 0, "previous_start_ns": T0, "executed": 6, "committed": committed}
+    driver.ask(number=1, start_ns=PERIOD // 2, **running)  # sensors of half a period before the slot would do
+    driver.time_ns = 2 * PERIOD
+    driver.sensors(2 * PERIOD)
+    context = driver.policy.seen[1][1]
+    assert context.executed == 7 and np.array_equal(context.committed, committed[1:])
+    driver.ask(number=2, start_ns=2 * PERIOD - PERIOD // 2, **running)
+    context = driver.policy.seen[2][1]
+    assert context.executed == 6 and np.array_equal(context.committed, committed)
+
+
 BAD = {
     "wrong size": (lambda d: d.frame(AGENT, size=64), "expected 128x128, got 64x64"),
     "NaN": (lambda d: d.joints(positions=np.full(8, np.nan)), "NaN or infinity in"),
@@ -269,6 +291,58 @@ def test_a_malformed_request_is_refused_and_reported(text: str) -> None:
     assert not driver.chunks and driver.beat().level == m.WARN
     driver.ask()
     assert len(driver.chunks) == 1 and driver.beat().level == m.OK
+
+
+class Moving(Recording):
+    """Always the same way, and always with an eye on the same places."""
+
+    def infer_batch(self, observations: Any, contexts: Any) -> list[InferResult]:
+        self.seen += zip(observations, contexts)
+        actions = np.linspace(0.1, 0.2, 16 * 7, dtype=np.float32).reshape(16, 7)
+        chunks = [ActionChunk(actions * len(self.seen), context.start_ns, ROBOT.period_s) for context in contexts]
+        return [InferResult(chunk, DecodeReport(ids=(1, 2), kept_tokens=np.arange(9))) for chunk in chunks]
+
+
+@pytest.mark.parametrize("ensembling", [False, True])
+def test_a_reused_chunk_is_published_as_short_as_it_is_and_goes_on(ensembling: bool) -> None:
+    inner = Moving()
+    policy: Any = ReusePolicy(inner)
+    driver = Driver(EnsemblingPolicy(policy) if ensembling else policy).ready()
+    driver.ask()
+    for number in (1, 2, 3):
+        stamp = 4 * number * PERIOD
+        driver.time_ns = stamp
+        driver.sensors(stamp)
+        driver.ask(number=number, start_ns=stamp, previous=number - 1, previous_start_ns=T0 + stamp - 4 * PERIOD,
+                   executed=4)  # fmt: skip
+    first, second, third, fourth = (m.trajectory_to_chunk(c, ROBOT.action_names, PERIOD) for c in driver.chunks)
+    assert [len(chunk) for chunk in (first, second, third, fourth)] == [16, 16, 12, 16]
+    assert [chunk.start_ns for chunk in (second, third)] == [T0 + 4 * PERIOD, T0 + 8 * PERIOD]
+    np.testing.assert_array_equal(third.actions, second.actions[4:])
+    assert len(inner.seen) == 3 and len(inner.seen[2][1].previous) == 12
+    assert np.array_equal(fourth.actions, 3 * first.actions) != ensembling
+    ((place, reason),) = driver.core.summary()["reused"]
+    assert place == 2 and reason.startswith("angle 0.0 deg")
+    assert driver.beat().values["reused"] == "" and ChunkId.read(driver.chunks[2].frame_id).passes == 0
+
+
+def test_the_node_runs_what_its_command_line_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_of(heads=(HeadConfig("words", "tokens", 0, 9),), text_vocab=512)
+    cores: list[PolicyCore] = []
+    monkeypatch.setattr("vla.checkpoints.bundle.load", lambda path, device: bundle)
+    monkeypatch.setattr("ros_nodes.policies.bundle_path", lambda name: name)
+    monkeypatch.setattr(VlaPolicy, "warm_up", lambda self: None)
+    monkeypatch.setattr("ros_nodes.wheel_shell.run", lambda core, options: cores.append(core))
+    policy_node.main(["--policy", "somewhere"])
+    words = ["--decoder", "jacobi", "window=3", "--pruning", "score", "layer=1", "--reuse", "flashvla"]
+    policy_node.main([*words, "--ensembling", "act", "decay=0.2", "--policy", "somewhere"])
+    plain, full = (core._policy for core in cores)
+    assert isinstance(plain, VlaPolicy) and isinstance(plain.decoder, AutoregressiveDecoder)
+    assert isinstance(full, EnsemblingPolicy) and full.rule.decay == 0.2 and isinstance(full.policy, ReusePolicy)
+    inner = full.policy.policy
+    assert isinstance(inner, VlaPolicy) and inner.decoder.window == 3 and inner.selection.drop is False  # type: ignore
+    with pytest.raises(ConfigError, match="expected a bundle, got 'hold'"):
+        policy_node.main(["--policy", "hold", "--embodiment", "tabletop", "--decoder", "jacobi"])
 
 
 def test_requests_survive_the_wire_exactly() -> None:

@@ -19,7 +19,8 @@ import pytest
 from ros_nodes import messages as m
 from ros_nodes.graph import free_domain
 from ros_nodes.node import STATE, Effects, Endpoint, Job, Now, Periodic, Send
-from ros_nodes.wheel_shell import GraphClock, WheelShell
+from ros_nodes.shell import GraphClock
+from ros_nodes.wheel_shell import WheelShell
 from ros_nodes.wire import Participant, Publisher
 from vla.errors import TransportError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from arms import PERIOD_NS, DeltaSolver, NumberArm, arm
@@ -11,7 +13,7 @@ from vla.errors import ConfigError, EmbodimentMismatch
 from vla.policy import InferResult
 from vla.runtime.clock import MonotonicClock, VirtualClock
 from vla.runtime.gate import Gate, Reason, Verdict
-from vla.runtime.loop import ControlLoop, run_episode
+from vla.runtime.loop import ControlLoop, Delay, run_episode
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.runtime.trace import Trace
 from vla.types import ActionChunk
@@ -189,6 +191,94 @@ def test_episodes_repeat_and_latency_within_the_lead_changes_only_the_start():
 def test_sequential_execution_pays_for_latency_with_missed_slots():
     result, _, _ = episode(SequentialScheduler(), latency_s=0.1)
     assert result.success and result.missed == 2 and result.gate["stop"] == 2
+
+
+class Joining(ScriptedPolicy):
+    """Chunks that begin with the committed actions, as real-time chunking gives them. Chunk k's own actions are k + 1
+    micrometres long; computing takes as long as it likes."""
+
+    def __init__(self, embodiment, naps_s=(0.0,)):
+        super().__init__(embodiment, [np.zeros((16, 4), np.float32)])
+        self.contexts, self._naps_s = [], naps_s
+
+    def _play(self, context):
+        time.sleep(self._naps_s[len(self.contexts) % len(self._naps_s)])
+        result = super()._play(context)
+        self.contexts.append(context)
+        result.chunk.actions[:, 0] = len(self.contexts) * 1e-6
+        committed = np.empty((0, 4)) if context.committed is None else context.committed
+        result.chunk.actions[: len(committed)] = committed
+        return result
+
+
+def replayed(delays_ms, policy=None, scheduler=None):
+    """(loop, policy) after an episode whose inference k took delays_ms[k], the last again and again."""
+    policy, loop = policy or Joining(arm()), make(scheduler=scheduler or OverlappedScheduler(8, 2))
+    delays = [Delay(round(ms * 0.75e6), round(ms * 0.25e6)) for ms in delays_ms]
+    run_episode(NumberArm(arm()), policy, loop, 1, delays=lambda number: delays[min(number, len(delays) - 1)])
+    return loop, policy
+
+
+def test_a_spike_in_mid_episode_skips_exactly_what_was_due_before_the_chunk_came():
+    loop, _ = replayed([30, 30, 190, 30])
+    trace = loop.trace
+    rows = slice(0, trace.rows)
+    ticks, chunks, index = trace.tick_ns[rows], trace.chunk[rows], trace.index[rows]
+    for number in range(4):
+        begin = int(np.argmax(chunks == number))
+        seen, came = trace.infer_stamp_ns[number], trace.infer_end_ns[number]
+        assert trace.stamp_ns[begin] == seen and index[begin] >= 0
+        ran = np.sum((ticks >= seen) & (ticks < ticks[begin]) & (chunks >= 0))
+        assert index[begin] == ran, "what was executed since the observation, no more and no less"
+        assert ticks[begin] >= came
+    begun = [int(index[chunks == number][0]) for number in range(4)]
+    assert begun == [0, 2, 4, 2], "the spike of 190 ms costs four actions, and nothing afterwards"
+    assert loop.scheduler.missed_actions == 0 and np.all(chunks[1:] >= 0)
+    took = trace.infer_end_ns - trace.infer_start_ns
+    assert (took[:3] // 1_000_000).tolist() == [30, 30, 190]
+    assert trace.infer_ms[2] == pytest.approx(142.5), "a trace of simulated latency tells simulated times"
+
+
+@pytest.mark.parametrize("delay_ms", [0, 20, 50, 99, 100])
+def test_what_was_committed_is_what_runs_while_the_chunk_is_on_its_way(delay_ms):
+    """Within the lead, every chunk begins behind its committed actions: nothing of it is dropped, nothing repeated."""
+    loop, policy = replayed([delay_ms])
+    trace = loop.trace
+    for number in range(1, 4):
+        context, seen = policy.contexts[number], trace.infer_stamp_ns[number]
+        after = np.flatnonzero(trace.tick_ns[: trace.rows] >= seen)
+        np.testing.assert_array_equal(trace.action[after[:2]].astype(np.float32), context.committed)
+        assert trace.chunk[after[:3]].tolist() == [number - 1, number - 1, number] and trace.index[after[2]] == 2
+
+
+def test_a_chunk_later_than_the_lead_was_told_less_than_what_ran_and_still_drops_all_of_it():
+    loop, policy = replayed([30, 30, 190, 30])
+    trace, context = loop.trace, policy.contexts[2]
+    after = np.flatnonzero(trace.tick_ns[: trace.rows] >= trace.infer_stamp_ns[2])
+    assert len(context.committed) == 2
+    np.testing.assert_array_equal(trace.action[after[:2]].astype(np.float32), context.committed)
+    assert trace.chunk[after[:5]].tolist() == [1, 1, 1, 1, 2]
+    left = context.previous.actions[context.executed :]
+    np.testing.assert_array_equal(trace.action[after[:4]].astype(np.float32), left[:4])
+
+
+@pytest.mark.parametrize("scheduler", [SequentialScheduler, OverlappedScheduler])
+def test_the_same_delays_give_the_same_episode_however_long_computing_takes(scheduler):
+    delays = [35, 120, 5, 60, 260, 30]
+    slow, _ = replayed(delays, Joining(arm(), (0.0, 0.02, 0.005)), scheduler(8))
+    fast, _ = replayed(delays, Joining(arm()), scheduler(8))
+    for name in ("tick_ns", "due_ns", "action", "command", "verdict", "reason", "chunk", "index", "stamp_ns", "missed"):
+        np.testing.assert_array_equal(getattr(slow.trace, name), getattr(fast.trace, name), name)
+    for name in ("infer_stamp_ns", "infer_start_ns", "infer_end_ns", "infer_ms"):
+        np.testing.assert_array_equal(getattr(slow.trace, name), getattr(fast.trace, name), name)
+
+
+def test_delays_of_one_length_are_a_constant_latency():
+    _, same, _ = episode(OverlappedScheduler(8, 2), latency_s=0.1)
+    environment, loop = NumberArm(arm()), make(scheduler=OverlappedScheduler(8, 2))
+    policy = ScriptedPolicy(arm(), [chunk()])
+    run_episode(environment, policy, loop, 1, delays=lambda number: Delay(60_000_000, 40_000_000))
+    assert np.array_equal(environment.commands, same)
 
 
 def test_a_policy_that_is_slower_than_its_chunks_are_long_is_refused_not_obeyed():

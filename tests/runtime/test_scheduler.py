@@ -7,8 +7,8 @@ import pytest
 from arms import PERIOD_NS
 
 from vla.errors import ConfigError
-from vla.policy import DecodeReport, InferResult
-from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler, request_seed
+from vla.policy import DecodeReport, InferContext, InferResult
+from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler, observed_later, request_seed
 from vla.types import ActionChunk
 
 
@@ -91,6 +91,54 @@ def test_context_says_what_is_running_what_was_executed_and_what_is_committed():
     assert context.start_ns == 2 * PERIOD_NS - 5
     assert context.seed == request_seed(3, 1) != first.seed == request_seed(3, 0)
     assert not scheduler.should_infer(3 * PERIOD_NS), "one request at a time"
+
+
+def test_an_observation_taken_after_it_was_asked_for_has_seen_what_ran_until_then():
+    """A camera of half the rate: asked before action 2, the image comes a period and a bit later."""
+    scheduler = OverlappedScheduler(execute=4, lead=2)
+    scheduler.context(0, seed=3)
+    scheduler.submit(chunk(0), 0)
+    for tick in range(2):
+        scheduler.due(tick * PERIOD_NS)
+    context = scheduler.context(2 * PERIOD_NS, seed=3)
+    for tick in range(2, 5):
+        assert scheduler.due(tick * PERIOD_NS).action[0] == tick
+    seen_ns = 3 * PERIOD_NS + 5_000_000
+    assert scheduler.submit(chunk(seen_ns, base=100), 5 * PERIOD_NS) == ""
+    due = scheduler.due(5 * PERIOD_NS)
+    assert due.action[0] == 102, "of the three actions since it was asked, the image had seen the first"
+    assert due.stamp_ns == seen_ns and due.due_ns == 5 * PERIOD_NS
+    later = observed_later(context, (seen_ns - context.start_ns + PERIOD_NS // 2) // PERIOD_NS)
+    assert later.executed == 3 and later.committed[:, 0].tolist() == [3.0]
+    assert observed_later(context, 0) is context
+    assert observed_later(context, 9).committed is None and observed_later(context, 9).executed == 4
+    waiting = InferContext(previous=context.previous, executed=12)
+    assert observed_later(waiting, 3) is waiting, "where the arm waits, nothing is executed meanwhile"
+
+
+@pytest.mark.parametrize("slow", [0, 3])
+def test_one_slow_inference_changes_nothing_about_the_next(slow):
+    """A warm-up, or a hiccup later: lead and due times are not learned from it."""
+    scheduler, delays = OverlappedScheduler(execute=4, lead=2), [1] * 9
+    delays[slow] = 15
+    contexts, begun, answer = [], [], None
+    for tick in range(60):
+        now = tick * PERIOD_NS
+        if answer is None and scheduler.should_infer(now) and len(contexts) < len(delays):
+            contexts.append(scheduler.context(now, seed=3))
+            answer = (tick + delays[len(contexts) - 1], chunk(now))
+        if answer is not None and tick >= answer[0]:
+            assert scheduler.submit(answer[1], now) == ""
+            answer = None
+        due = scheduler.due(now)
+        if due is not None and (not begun or begun[-1][0] != due.chunk_number):
+            begun.append((due.chunk_number, due.index))
+    first = [index for _, index in begun]
+    behind = slow + 1
+    assert first[behind:] == [2] * (len(first) - behind) and len(first) == 9
+    assert {len(context.committed) for context in contexts[behind + 1 :]} == {2}
+    if slow:
+        assert first[slow] == 8, "all eight actions that were left of the last chunk ran meanwhile"
 
 
 def test_an_unanswered_request_is_asked_again():

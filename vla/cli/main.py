@@ -33,11 +33,24 @@ COMMANDS = (
     Command(("collect",), "vla.cli.collect", "record demonstrations of the scripted experts (Hydra overrides)"),
     Command(("train",), "vla.cli.train", "train a policy on a data set (Hydra overrides)"),
     Command(("eval",), "vla.cli.evaluate", "measure the success of a policy in process (Hydra overrides)"),
+    Command(("serve",), "vla.cli.serve", "run a policy for robots that connect over a websocket"),
+    Command(("launch",), "vla.cli.launch", "start nodes as `ros2 launch` does, with the same arguments, without ROS"),
+    Command(("record",), "vla.cli.record", "record a robot's topics as rosbag2 MCAP, until Ctrl-C"),
+    Command(("convert",), "vla.cli.convert", "make a data set of recordings"),
+    Command(("replay",), "vla.cli.replay", "run the loop on a recording and name the first action that differs"),
+    Command(("calibrate", "exit"), "vla.cli.calibrate_exit", "early exits of a decoder, fitted to a policy"),
     Command(("setup", "libero"), "vla.cli.setup_libero", "install the LIBERO and robosuite parts, point at the assets"),
     Command(("bench", "decode"), "vla.cli.bench_decode", "every decoder over one policy: passes, time, success"),
     Command(("bench", "tokens"), "vla.cli.bench_tokens", "tokens per second of action: bins, FAST+, FAST on our data"),
+    Command(("bench", "schedulers"), "vla.cli.bench_schedulers", "schedules on one latency trace: pauses, success"),
+    Command(("plot", "timeline"), "vla.cli.plot_timeline", "a trace as a picture: images, inference, chunks, commands"),
 )
-GROUPS = {"setup": "install optional parts", "bench": "measure one part"}
+GROUPS = {
+    "setup": "install optional parts",
+    "calibrate": "fit settings to a policy",
+    "bench": "measure one part",
+    "plot": "draw what a run left",
+}
 
 EXAMPLES = """examples:
   vla demo                                     20 episodes over ROS 2 on loopback, results in outputs/demo
@@ -47,6 +60,7 @@ EXAMPLES = """examples:
   vla info tabletop                            the policy that ships with the package
   vla collect out=data/tabletop                demonstrations
   vla train data=data/tabletop                 a policy of your own
+  vla serve --policy tabletop                  the policy here, the robot elsewhere
   vla COMMAND --help                           everything a command takes
 """
 

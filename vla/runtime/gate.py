@@ -3,83 +3,38 @@
 It fails closed: what it cannot judge (no joint state, no heartbeat, NaN, a stale stamp) is a stop. A stop is a brake
 at the acceleration limits followed by holding the last command; it is left only at rest, with healthy inputs and an
 action from a newer chunk than the one that was stopped. The reference of all limits is the Gate's own last command,
-not the noisy measurement; a measurement far from it is a fault.
+not the noisy measurement; a measurement far from it is a fault. Robots that state jerk limits move under vla.runtime
+.jerk, the others under vla.runtime.limits.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, ObservationError, explain
+from vla.runtime.jerk import Aim, JerkMotion, Sample
 from vla.runtime.limits import JointLimits, approach_speed, braked, rest_position, scale_into, velocity_bounds
+from vla.runtime.reasons import Reason as Reason
+from vla.runtime.reasons import Verdict as Verdict
 from vla.types import NS_PER_S, ControlMode
 
 MAX_PERIODS = 2.0  # a longer gap between ticks: the arm has come to rest at the last command, so velocity is zero
 
 
-class Verdict(IntEnum):
-    PASS = 0
-    RESHAPE = 1
-    STOP = 2
-
-
-class Reason(IntEnum):
-    """Why. Codes are stored in traces: append, never renumber."""
-
-    NONE = 0
-    VELOCITY = 1
-    ACCELERATION = 2
-    POSITION = 3
-    WORKSPACE = 4
-    SLEW = 5
-    TOOL_SPEED = 6
-    WAITING = 10
-    NO_ACTION = 11
-    ACTION_INVALID = 12
-    ACTION_STALE = 13
-    ACTION_EARLY = 14
-    JOINT_STATE_INVALID = 15
-    JOINT_STATE_STALE = 16
-    HEARTBEAT = 17
-    TRACKING = 18
-    CLOCK = 19
-    KINEMATICS = 20
-    OPERATOR = 21
-
-    @property
-    def text(self) -> str:
-        """One line for reports and /diagnostics."""
-        return _TEXT[self]
-
-
-_TEXT = {
-    Reason.NONE: "",
-    Reason.VELOCITY: "slowed down to the joint velocity limit",
-    Reason.ACCELERATION: "slowed down to the joint acceleration limit",
-    Reason.POSITION: "held inside the joint position limits",
-    Reason.WORKSPACE: "held inside the workspace box",
-    Reason.SLEW: "change per tick limited",
-    Reason.TOOL_SPEED: "slowed down to the tool speed limit",
-    Reason.WAITING: "waiting for the first chunk",
-    Reason.NO_ACTION: "no action is due",
-    Reason.ACTION_INVALID: "the action has NaN, infinity or a wrong length",
-    Reason.ACTION_STALE: "the action's due time has passed",
-    Reason.ACTION_EARLY: "the action is due in the future",
-    Reason.JOINT_STATE_INVALID: "joint state is missing, has NaN or a wrong length",
-    Reason.JOINT_STATE_STALE: "joint state is too old, or from the future",
-    Reason.HEARTBEAT: "the policy's heartbeat is silent",
-    Reason.TRACKING: "the arm is far from where it was commanded",
-    Reason.CLOCK: "the clock jumped back",
-    Reason.KINEMATICS: "inverse kinematics or tool position failed",
-    Reason.OPERATOR: "stopped by the operator",
+# Pauses, not faults: the arm brakes, and the next healthy action may go on at once. A camera is among them because one
+# lost picture is ordinary; without pictures no newer chunk comes anyway.
+_UNLATCHED = (Reason.WAITING, Reason.NO_ACTION, Reason.CAMERA)
+_LIMITS = {
+    "velocity": Reason.VELOCITY,
+    "acceleration": Reason.ACCELERATION,
+    "jerk": Reason.JERK,
+    "position": Reason.POSITION,
 }
-# Pauses between actions, not faults: the arm brakes, and the next healthy action may go on at once.
-_UNLATCHED = (Reason.WAITING, Reason.NO_ACTION)
 
 
 @dataclass(frozen=True)
@@ -132,6 +87,8 @@ class Gate:
     Timeouts: age at which a joint state, a heartbeat or (max_action_age_s, default two periods) an action is a fault.
     max_tracking_error: rad or m between measured and commanded arm joints.
     slew_per_s: operational-space control only, change per second of the action values.
+    carries_stop: every command is sent with the stop that follows it, so after a gap between ticks the arm stands where
+    that stop has brought it, not at the last command. Jerk limits only.
     """
 
     def __init__(
@@ -145,12 +102,13 @@ class Gate:
         max_action_age_s: float | None = None,
         max_tracking_error: float = 0.5,
         slew_per_s: float = 20.0,
+        carries_stop: bool = False,
     ) -> None:
         self.embodiment = embodiment
         self._osc = embodiment.control_mode is ControlMode.OSC_DELTA
         names = embodiment.command_names
         if gripper is None:
-            gripper = tuple(i for i, name in enumerate(names) if "gripper" in name or "finger" in name)
+            gripper = embodiment.gripper_joints
         self._is_gripper = np.isin(np.arange(len(names)), gripper)
         self._arm, self._gripper = np.flatnonzero(~self._is_gripper), np.flatnonzero(self._is_gripper)
         self._limits = None if self._osc else JointLimits.of(embodiment)
@@ -171,6 +129,9 @@ class Gate:
         self._action_ns = round((2 * period_s if max_action_age_s is None else max_action_age_s) * NS_PER_S)
         self._max_tracking_error = max_tracking_error
         self._slew_per_s = slew_per_s
+        self._carries_stop = carries_stop
+        jerky = self._limits is not None and self._limits.jerk is not None
+        self._motion = JerkMotion(self._limits, period_s) if jerky and self._limits is not None else None
         self._now_ns: int | None = None
         self._command = np.zeros(len(names))
         self._velocity = np.zeros(len(names))
@@ -183,9 +144,15 @@ class Gate:
             self._command = self._checked(positions)
         else:
             self._command = np.zeros(len(self._command))
-        self._velocity = np.zeros(len(self._command))
+        self._rest()
         self._now_ns = now_ns
         self._forget()
+
+    def _rest(self) -> None:
+        """The arm stands at the last command."""
+        self._velocity = np.zeros(len(self._command))
+        if self._motion is not None:
+            self._motion.reset(self._command)
 
     def _forget(self) -> None:
         self._first = True  # the first step after a reset has one whole period, even in the same instant
@@ -222,7 +189,7 @@ class Gate:
 
     @property
     def at_rest(self) -> bool:
-        return not np.any(self._velocity)
+        return not np.any(self._velocity) and (self._motion is None or self._motion.at_rest)
 
     def silent(self, now_ns: int, heartbeat_ns: int | None) -> bool:
         """No sign of life of the policy for as long as the heartbeat timeout, or none at all."""
@@ -258,8 +225,12 @@ class Gate:
         dt = (now_ns - self._now_ns) / NS_PER_S
         self._now_ns = now_ns
         if self._first or dt > MAX_PERIODS * self._period_s:
+            if self._motion is not None and self._carries_stop and not self._first:
+                self._motion.catch_up(dt - self._period_s)
+                self._adopt()
+            else:
+                self._rest()
             self._first = False
-            self._velocity = np.zeros(len(self._command))
             dt = self._period_s
 
         found = (
@@ -278,11 +249,17 @@ class Gate:
             self._last_target = None
             self._stop(dt)
             return Decision(Verdict.STOP, reason or Reason.NO_ACTION, self._command.copy())
-        reason = self._follow_osc(target, dt) if self._osc else self._follow(np.asarray(target, np.float64), dt)
+        reason = self._follow_any(target, dt)
         if reason is Reason.KINEMATICS:
             self._latch(reason)
             return Decision(Verdict.STOP, reason, self._command.copy())
         return Decision(Verdict.RESHAPE if reason else Verdict.PASS, reason, self._command.copy())
+
+    def _follow_any(self, target: np.ndarray, dt: float) -> Reason:
+        if self._osc:
+            return self._follow_osc(target, dt)
+        target = np.asarray(target, np.float64)
+        return self._follow(target, dt) if self._motion is None else self._follow_smoothly(target, dt, self._motion)
 
     def health(
         self, now_ns: int, positions: np.ndarray | None, stamp_ns: int | None, heartbeat_ns: int | None
@@ -321,8 +298,17 @@ class Gate:
         if self._limits is None:
             self._command = np.zeros(len(self._command))
             return
+        if self._motion is not None:
+            if dt > 0.0:
+                self._motion.commit(self._motion.braked(dt))
+                self._adopt()
+            return
         self._velocity = braked(self._velocity, self._limits, dt)
         self._emit(dt)
+
+    def _adopt(self) -> None:
+        assert self._motion is not None
+        self._command, self._velocity = self._motion.position, self._motion.velocity
 
     def _emit(self, dt: float) -> None:
         assert self._limits is not None
@@ -386,6 +372,85 @@ class Gate:
             return Reason.VELOCITY
         change = self._limits.acceleration[joint] * dt
         return Reason.ACCELERATION if abs(desired[joint] - self._velocity[joint]) > change else Reason.POSITION
+
+    def _follow_smoothly(self, target: np.ndarray, dt: float, motion: JerkMotion) -> Reason:
+        """`_follow` under jerk limits."""
+        assert self._limits is not None
+        limits, position = self._limits, self._command
+        if dt <= 0.0:
+            return Reason.JERK
+        goal = np.minimum(np.maximum(target, np.minimum(limits.lower, position)), np.maximum(limits.upper, position))
+        wanted = goal - position
+        previous, self._last_target = self._last_target, goal
+        moving, met = np.zeros_like(goal), np.zeros(len(goal), np.bool_)
+        if previous is not None:
+            moving = np.clip((goal - previous) / dt, -limits.velocity, limits.velocity)
+            met = np.abs(position - previous) <= 1e-9
+        moving = np.where(self._is_gripper, 0.0, np.where(self._absolute, moving, wanted / dt))
+        sample = motion.towards(Aim(goal, moving, self._absolute, met), dt)
+        # One factor for the arm, as in `scale_into`: a joint that moves the other way brakes and has no share in it.
+        got = sample.position - position
+        short = ~self._is_gripper & (np.abs(got - wanted) > 1e-9)
+        reason = Reason.POSITION if np.any((goal != target)[self._arm]) else Reason.NONE
+        if np.any(short):
+            share = np.ones_like(goal)
+            np.divide(got, wanted, out=share, where=short & (got * wanted > 0.0) & (np.abs(got) < np.abs(wanted)))
+            worst = int(np.argmin(share)) if np.min(share) < 1.0 else int(np.flatnonzero(short)[0])
+            sample = motion.drawn_back(sample, position + np.min(share) * wanted, ~self._is_gripper, dt)
+            reason = _LIMITS[motion.reason(goal, worst, dt)]
+        try:
+            allowed = self._smoothly_inside(sample, motion, dt)
+        except Exception:  # whatever fails here must end in a brake, never in a dead control loop
+            self._stop(dt)
+            return Reason.KINEMATICS
+        if allowed is not sample:
+            reason, sample = Reason.WORKSPACE, allowed
+        motion.commit(sample)
+        self._adopt()
+        return reason
+
+    def _smoothly_inside(self, sample: Sample, motion: JerkMotion, dt: float) -> Sample:
+        """`_inside_workspace` under jerk limits, where joints stop one after the other: more points of the way."""
+        if not self._boxed:
+            return sample
+        brake = motion.braked(dt)
+        now_outside = self._distance_outside(self._command)
+        for share in (1.0, 0.5, 0.25):
+            tried = sample
+            if share < 1.0:
+                tried = motion.place(brake.position + share * (sample.position - brake.position), dt)
+            if all(self._distance_outside(q) <= now_outside + 1e-9 for q in tried.path(17)):
+                return tried
+        return brake
+
+    # ---- what follows the last command ----
+    def fork(self) -> Gate:
+        """A copy that may be driven ahead without moving this one."""
+        out = copy.copy(self)
+        out._motion = None if self._motion is None else self._motion.fork()
+        return out
+
+    def ahead(self, target: np.ndarray) -> None:
+        """One period on towards `target` float64[D], without any check of inputs: for a fork."""
+        self._follow_any(target, self._period_s)
+
+    def rates(self) -> tuple[np.ndarray, np.ndarray]:
+        """(velocity, acceleration) float64[D] at the last command; the latter is 0 where jerk is not limited."""
+        if self._motion is None:
+            return self._velocity, np.zeros(len(self._command))
+        return self._motion.state[1:]
+
+    def stop_path(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """The stop that follows the last command: positions, velocities, accelerations, each float64[N, D], N >= 1,
+        and the seconds between rows, the first of which is that long after the command. The last row is at rest."""
+        if self._motion is not None:
+            return self._motion.rest_of_stop()
+        fork, rows = self.fork(), list[tuple[np.ndarray, np.ndarray]]()
+        while not rows or not fork.at_rest:
+            fork._stop(self._period_s)
+            rows.append((fork._command, fork._velocity))
+        positions, velocities = (np.array(column) for column in zip(*rows))
+        return positions, velocities, np.zeros_like(positions), self._period_s
 
     def _inside_workspace(self, velocity: np.ndarray, dt: float) -> np.ndarray:
         """`velocity`, or as much of it as leaves room to brake inside the box (braking itself always may).

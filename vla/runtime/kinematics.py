@@ -13,6 +13,8 @@ until the pose error is below a tolerance; the redundant joint is settled by a w
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mink
 import mujoco
 import numpy as np
@@ -30,9 +32,10 @@ _GRIPPER_SPEED_SHARE = 0.8
 
 
 class Kinematics:
-    """Kinematics of one embodiment with a robot model. Holds no state between calls: equal inputs, equal outputs.
+    """Kinematics of one embodiment with a robot model, MJCF or URDF. Holds no state between calls.
 
-    Raises ConfigError when the model lacks the tool site or a commanded joint.
+    The tool is a site, or else a body (in a URDF: a link) of the name `tool_site`. Raises ConfigError when the model
+    does not load, or lacks the tool or a commanded joint.
     """
 
     def __init__(self, embodiment: Embodiment):
@@ -46,22 +49,17 @@ class Kinematics:
                 )
             )
         self.embodiment = embodiment
-        self._model = mujoco.MjModel.from_xml_path(str(robot_model(embodiment)))
-        self._has_gripper = embodiment.joints[-1].name == "gripper"
+        self._model = _load(robot_model(embodiment))
+        self._has_gripper = len(embodiment.joints) - 1 in embodiment.gripper_joints
         arm = embodiment.joints[:-1] if self._has_gripper else embodiment.joints
         self._address = np.array([self._qpos_address(joint.name) for joint in arm])
         self._count = len(arm)
         self._lower = np.array([joint.lower for joint in embodiment.joints])
         self._upper = np.array([joint.upper for joint in embodiment.joints])
         self._max_step = np.array([joint.max_velocity for joint in embodiment.joints]) * embodiment.period_s
-        self._site = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_SITE, embodiment.tool_site)
-        if self._site < 0:
-            known = [self._model.site(i).name for i in range(self._model.nsite)]
-            raise ConfigError(
-                f"{embodiment.name}.tool_site: no site {embodiment.tool_site!r}. {nearest(embodiment.tool_site, known)}"
-            )
+        self._tool, kind = self._find_tool(embodiment.tool_site)
         self._configuration = mink.Configuration(self._model)
-        self._tool_task = mink.FrameTask(embodiment.tool_site, "site", position_cost=1.0, orientation_cost=0.3)
+        self._tool_task = mink.FrameTask(embodiment.tool_site, kind, position_cost=1.0, orientation_cost=0.3)
         # Weak enough to bend the tool pose by less than the tolerance, strong enough to settle the elbow.
         self._posture_task = mink.PostureTask(self._model, cost=2e-3)
         self._limits = [mink.ConfigurationLimit(self._model)]
@@ -74,7 +72,8 @@ class Kinematics:
         data = self._configuration.data
         data.qpos[:] = self._full(q)
         mujoco.mj_kinematics(self._model, data)
-        return data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy()
+        place, turn = (data.site_xpos, data.site_xmat) if self._is_site else (data.xpos, data.xmat)
+        return place[self._tool].copy(), turn[self._tool].reshape(3, 3).copy()
 
     def state(self, q: np.ndarray) -> np.ndarray:
         """Proprioception float32[S] in the order of `Embodiment.state_names`, from commanded-joint positions [D]."""
@@ -99,6 +98,17 @@ class Kinematics:
         limits allow in one period: near a singularity or out of reach the arm goes as far along as it can.
         Raises ConfigError when a size does not fit or a value is not finite (the gate's caller brakes on it).
         """
+        return self._solve(action, reference, hurry=False)
+
+    def path(self, actions: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """Joint positions float64[N, D] that actions [N, A] ask for one after the other, at whatever speed."""
+        rows = []
+        for action in actions:
+            reference = self._solve(action, reference, hurry=True)
+            rows.append(reference)
+        return np.array(rows)
+
+    def _solve(self, action: np.ndarray, reference: np.ndarray, hurry: bool) -> np.ndarray:
         reference = self._checked("reference", reference, len(self.embodiment.joints))
         action = self._checked("action", action, self.embodiment.action_dim)
         if self.embodiment.action_space == "joint_position":
@@ -118,7 +128,7 @@ class Kinematics:
             target[-1] = np.clip(wanted, target[-1] - reach, target[-1] + reach)
         step = target - reference
         ratio = np.max(np.abs(step[: self._count]) / self._max_step[: self._count])
-        if ratio > 1.0:
+        if ratio > 1.0 and not hurry:
             step[: self._count] /= ratio
         return np.clip(reference + step, self._lower, self._upper)
 
@@ -159,6 +169,18 @@ class Kinematics:
         full[self._address] = np.asarray(q, np.float64)[: self._count]
         return full
 
+    def _find_tool(self, name: str) -> tuple[int, str]:
+        for kind, known in (("site", mujoco.mjtObj.mjOBJ_SITE), ("body", mujoco.mjtObj.mjOBJ_BODY)):
+            index = mujoco.mj_name2id(self._model, known, name)
+            if index >= 0:
+                self._is_site = kind == "site"
+                return int(index), kind
+        sites = [self._model.site(i).name for i in range(self._model.nsite)]
+        bodies = [self._model.body(i).name for i in range(1, self._model.nbody)]
+        raise ConfigError(
+            f"{self.embodiment.name}.tool_site: no site or body {name!r}. {nearest(name, [*sites, *bodies])}"
+        )
+
     def _qpos_address(self, name: str) -> int:
         index = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_JOINT, name)
         if index < 0:
@@ -173,3 +195,21 @@ class Kinematics:
         if not np.all(np.isfinite(out)):
             raise ConfigError(explain(key, "finite values", "NaN or infinity", "Brake; do not solve for it."))
         return out
+
+
+def _load(path: Path) -> mujoco.MjModel:
+    """The model of an MJCF or URDF file. Of a URDF only the kinematic tree is kept: meshes are neither looked for nor
+    needed, and links on fixed joints stay, because a tool usually is one."""
+    try:
+        spec = mujoco.MjSpec.from_file(str(path))
+        if path.suffix == ".urdf":
+            for part in (*spec.geoms, *spec.meshes):
+                spec.delete(part)
+            spec.compiler.fusestatic = False
+            spec.compiler.boundmass = spec.compiler.boundinertia = 1e-6  # links without inertia; nothing is simulated
+            return spec.compile()
+        return mujoco.MjModel.from_xml_path(str(path))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            explain("robot_model", "a model that MuJoCo loads", f"{path}: {error}", "Correct it.")
+        ) from error

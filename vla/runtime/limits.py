@@ -14,22 +14,26 @@ Solving q + v dt + v^2 / (2 a) = limit for v gives the fastest next velocity tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
-from vla.embodiment import Embodiment
-from vla.errors import ConfigError, explain
+from vla.embodiment import Embodiment, Joint
+from vla.errors import ConfigError, explain, nearest
 
 
 @dataclass(frozen=True)
 class JointLimits:
-    """float64[D] each; position in rad (m for sliding joints), per second, per second squared."""
+    """float64[D] each; position in rad (m for sliding joints), per second, squared, cubed. jerk: None for no limit."""
 
     lower: np.ndarray
     upper: np.ndarray
     velocity: np.ndarray
     acceleration: np.ndarray
+    jerk: np.ndarray | None = None
 
     @classmethod
     def of(cls, embodiment: Embodiment) -> JointLimits:
@@ -42,20 +46,90 @@ class JointLimits:
             if not joint.lower < joint.upper:
                 got = f"[{joint.lower}, {joint.upper}]"
                 raise ConfigError(explain(f"{where}.{joint.name}", "lower < upper", got, "Swap or correct the limits."))
-            for key in ("max_velocity", "max_acceleration"):
+            for key in ("max_velocity", "max_acceleration", "max_jerk"):
                 value = getattr(joint, key)
+                if key == "max_jerk" and value is None:
+                    continue
                 if not (np.isfinite(value) and value > 0):
                     raise ConfigError(
                         explain(
                             f"{where}.{joint.name}.{key}", "a positive number", value, "Take it from the data sheet."
                         )
                     )
+        without = [joint.name for joint in joints if joint.max_jerk is None]
+        if without and len(without) < len(joints):
+            raise ConfigError(
+                explain(f"{where}.max_jerk", "a limit for every joint, or for none", f"none for {without}", "Add them.")
+            )
         return cls(
             np.array([j.lower for j in joints], np.float64),
             np.array([j.upper for j in joints], np.float64),
             np.array([j.max_velocity for j in joints], np.float64),
             np.array([j.max_acceleration for j in joints], np.float64),
+            None if without else np.array([j.max_jerk for j in joints], np.float64),
         )
+
+
+# ---- URDF ----
+def urdf_limits(path: str | Path) -> dict[str, tuple[float, float, float]]:
+    """{joint: (lower, upper, velocity)} of every movable joint of a URDF file, xacro already expanded.
+
+    As urdfdom reads it: revolute and prismatic joints must state a limit, whose bounds default to 0; a continuous joint
+    has none but may state a velocity. A joint that states no velocity has no limit on it. ConfigError for a file that
+    is no URDF, with the reason.
+    """
+    try:
+        root = ElementTree.fromstring(Path(path).read_bytes())
+    except (OSError, ElementTree.ParseError) as error:
+        raise ConfigError(explain("urdf", "a readable URDF file", f"{path}: {error}", "Check the file.")) from error
+    if root.tag != "robot":
+        raise ConfigError(
+            explain("urdf", "a <robot>", f"<{root.tag}> in {path}", "Expand xacro first: xacro FILE > robot.urdf.")
+        )
+    out: dict[str, tuple[float, float, float]] = {}
+    for joint in root.iterfind("joint"):
+        name, kind, limit = joint.get("name", ""), joint.get("type", ""), joint.find("limit")
+        if kind not in ("revolute", "prismatic", "continuous"):
+            continue
+        if limit is None and kind != "continuous":
+            raise ConfigError(
+                explain(f"urdf joint {name!r}", "a <limit>, as a revolute or prismatic joint needs", "none", "Add it.")
+            )
+        stated = {} if limit is None else limit.attrib
+        try:
+            lower, upper = (float(stated.get(key, 0.0)) for key in ("lower", "upper"))
+            velocity = float(stated.get("velocity", math.inf))
+        except ValueError as error:
+            raise ConfigError(explain(f"urdf joint {name!r}", "numbers", dict(stated), "Expand xacro.")) from error
+        if kind == "continuous":
+            lower, upper = -math.inf, math.inf
+        out[name] = (lower, upper, velocity if velocity > 0 else math.inf)
+    return out
+
+
+def within_urdf(embodiment: Embodiment, path: str | Path | None = None) -> Embodiment:
+    """The embodiment with the stricter of its own limits and those of a URDF (its own `urdf`, if none is given).
+
+    ConfigError for a joint that the URDF lacks, and for limits that leave nothing.
+    """
+    path = path or embodiment.urdf
+    if not path:
+        return embodiment
+    stated = urdf_limits(path)
+    joints: list[Joint] = []
+    for joint in embodiment.joints:
+        if joint.name not in stated:
+            raise ConfigError(
+                f"embodiment {embodiment.name!r}.joints: {joint.name!r} is no movable joint of {path}. "
+                + nearest(joint.name, stated)
+            )
+        lower, upper, velocity = stated[joint.name]
+        both = (max(lower, joint.lower), min(upper, joint.upper))
+        if not both[0] < both[1]:
+            got = f"[{lower:g}, {upper:g}] in the URDF, [{joint.lower:g}, {joint.upper:g}] in the embodiment"
+            raise ConfigError(explain(f"limits of {joint.name}", "ranges that overlap", got, "Correct one of them."))
+        joints.append(replace(joint, lower=both[0], upper=both[1], max_velocity=min(velocity, joint.max_velocity)))
+    return replace(embodiment, joints=tuple(joints))
 
 
 def braked(velocity: np.ndarray, limits: JointLimits, dt: float) -> np.ndarray:

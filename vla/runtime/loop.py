@@ -6,6 +6,7 @@ embodiment when its actions need one. `tick` does not log: it appends one row to
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from vla.embodiment import Embodiment
 from vla.errors import ConfigError, explain
 from vla.policy import Policy, infer
 from vla.runtime.gate import Decision, Gate, Reason, Verdict, limit_tool
+from vla.runtime.limits import JointLimits, within_urdf
+from vla.runtime.pace import factor_for, stretched, tool_factor
 from vla.runtime.scheduler import DueAction, OverlappedScheduler, SequentialScheduler
 from vla.runtime.trace import EpisodeRow, Trace
 from vla.types import NS_PER_S, Command, ControlMode, Observation
@@ -28,6 +31,24 @@ class Solver(Protocol):
     def solve(self, action: np.ndarray, reference: np.ndarray) -> np.ndarray:
         """Joint target float64[D] of an action float[A] that starts from the configuration `reference`."""
         ...
+
+    def path(self, actions: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """Joint positions float64[N, D] that actions float[N, A] ask for one after the other, at whatever speed; only
+        needed where chunks are slowed down as a whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class CommandPath:
+    """The last command, what is planned after it, and the stop: float64[N, D] each, the last row at rest.
+
+    times_s: of the rows, after now; the last command is reached one period from now.
+    """
+
+    positions: np.ndarray
+    velocities: np.ndarray
+    accelerations: np.ndarray
+    times_s: np.ndarray
 
 
 class Arm(Protocol):
@@ -79,13 +100,20 @@ class ControlLoop:
         self.last: tuple[DueAction | None, Decision | None] = (None, None)
         self._heartbeat_ns: int | None = None
         self._stop_request = False
+        self._hold = Reason.NONE
+        self._pace_limits = None
+        if embodiment.max_time_scale > 1.0 and embodiment.control_mode is not ControlMode.OSC_DELTA:
+            self._pace_limits = JointLimits.of(embodiment)
+        self._paced = -1  # number of the last chunk whose speed was looked at
+        self._too_fast = False
 
     def reset(self, positions: np.ndarray, now_ns: int) -> None:
         """Begin at rest at measured joint positions float64[D]; forgets chunks, counters and stops."""
         self.scheduler.reset(now_ns)
         self.gate.reset(positions, now_ns)
         self._heartbeat_ns = None
-        self._stop_request = False
+        self._stop_request = self._too_fast = False
+        self._hold = Reason.NONE
         self.last = (None, None)
 
     def heartbeat(self, now_ns: int) -> None:
@@ -95,6 +123,10 @@ class ControlLoop:
     def request_stop(self, active: bool = True) -> None:
         """Operator stop: brake and hold while active; moving again takes a newer chunk."""
         self._stop_request = active
+
+    def hold(self, reason: Reason) -> None:
+        """A fault found outside the loop: brake and hold while it is not NONE, and say so."""
+        self._hold = reason
 
     def tick(
         self, now_ns: int, positions: np.ndarray | None, velocities: np.ndarray | None, positions_stamp_ns: int | None
@@ -106,9 +138,10 @@ class ControlLoop:
         """
         began = time.perf_counter()
         missed_before = self.scheduler.missed_actions
-        due = self.scheduler.due(now_ns)
+        due = self._paced_action(self.scheduler.due(now_ns))
         silent = self.gate.silent(now_ns, self._heartbeat_ns)
-        if due is None and self.scheduler.waiting and self.last[1] is not None and not silent:
+        doubt = silent or self._hold or self._stop_request
+        if due is None and self.scheduler.waiting and self.last[1] is not None and not doubt:
             return self._command(now_ns, self.last[1])  # an extra tick within a slot: the command stands
         target, upstream, limited = self._target(due)
         decision = self.gate.step(
@@ -134,20 +167,72 @@ class ControlLoop:
 
     def _target(self, due: DueAction | None) -> tuple[np.ndarray | None, Reason, Reason]:
         """(target float64[D] or None, fault found on the way, cartesian limit that changed the action)."""
-        if self._stop_request:
-            return None, Reason.OPERATOR, Reason.NONE
+        if self._hold or self._stop_request:
+            return None, self._hold or Reason.OPERATOR, Reason.NONE
         if due is None:
             return None, Reason.NONE if self.scheduler.chunks else Reason.WAITING, Reason.NONE
         action = np.asarray(due.action, np.float64)
         if action.shape != (self.embodiment.action_dim,) or not np.all(np.isfinite(action)):
             return None, Reason.ACTION_INVALID, Reason.NONE
-        if self.kinematics is None:
-            return action, Reason.NONE, Reason.NONE
+        if self._too_fast:
+            return None, Reason.CHUNK_TOO_FAST, Reason.NONE
+        slowed = Reason.TIME_SCALED if self.scheduler.time_scale > 1.0 else Reason.NONE
         try:
-            action, limited = limit_tool(action, self.embodiment, self.embodiment.period_s, self.gate.tool())
-            return self.kinematics.solve(action, self.gate.command), Reason.NONE, limited
+            target, limited = self._solved(action, self.gate)
+            return target, Reason.NONE, limited or slowed
         except Exception:  # a solver that fails must end in a brake, never in a dead control loop
             return None, Reason.KINEMATICS, Reason.NONE
+
+    def _solved(self, action: np.ndarray, gate: Gate) -> tuple[np.ndarray, Reason]:
+        """(joint target of an action float64[A] from the gate's last command, cartesian limit that changed it)."""
+        if self.kinematics is None:
+            return action, Reason.NONE
+        action, limited = limit_tool(action, self.embodiment, self.embodiment.period_s, gate.tool())
+        return self.kinematics.solve(action, gate.command), limited
+
+    def _paced_action(self, due: DueAction | None) -> DueAction | None:
+        """The first action of a chunk that is too fast makes the scheduler slow the whole chunk down."""
+        if due is None or self._pace_limits is None or due.chunk_number == self._paced:
+            return due
+        self._paced, self._too_fast = due.chunk_number, False
+        robot, command, actions = self.embodiment, self.gate.command, self.scheduler.remaining()
+        if actions.shape[1] != robot.action_dim or not np.all(np.isfinite(actions)):
+            return due  # the gate has a word for it
+        try:
+            factor, path = 1.0, actions.astype(np.float64)
+            if self.kinematics is not None and robot.action_space == "ee_delta":
+                factor = tool_factor(actions, robot)
+                path = self.kinematics.path(actions, command)
+            factor = max(factor, factor_for(np.vstack([command, path]), robot, self._pace_limits))
+            factor = math.ceil(factor * len(actions) - 1e-9) / len(actions)
+        except Exception:  # solving the action itself will fail in the same way, and brake
+            return due
+        if factor <= 1.0:
+            return due
+        if factor > robot.max_time_scale:
+            self._too_fast = True
+            return due
+        return self.scheduler.slow_down(stretched(actions, command, robot, factor), factor)
+
+    def command_path(self, horizon: int) -> CommandPath:
+        """What the arm would do if nothing more came: the last command, at most `horizon` more actions of the chunk
+        that runs, limited as they would be, and then the stop. For drivers that take trajectories."""
+        gate, period_s = self.gate.fork(), self.embodiment.period_s
+        rows = [(gate.command, *gate.rates())]
+        decision = self.last[1]
+        if decision is not None and decision.verdict is not Verdict.STOP:
+            for action in self.scheduler.upcoming(horizon):
+                try:
+                    gate.ahead(self._solved(np.asarray(action, np.float64), gate)[0])
+                except Exception:  # the stop begins earlier
+                    break
+                rows.append((gate.command, *gate.rates()))
+        *stop, step_s = gate.stop_path()
+        times = [period_s * (k + 1) for k in range(len(rows))]
+        times += [times[-1] + step_s * (k + 1) for k in range(len(stop[0]))]
+        planned = [np.array(column) for column in zip(*rows)]
+        positions, velocities, accelerations = (np.vstack([a, b]) for a, b in zip(planned, stop))
+        return CommandPath(positions, velocities, accelerations, np.array(times))
 
     def _command(self, now_ns: int, decision: Decision) -> Command:
         return Command(self.embodiment.control_mode, decision.values, now_ns, decision.reason.text)
@@ -159,11 +244,29 @@ def control_loop(
     """The loop of this embodiment, with its kinematics and its gate: what the command node and every evaluation run."""
     if embodiment.control_mode is ControlMode.OSC_DELTA:
         return ControlLoop(embodiment, scheduler, Gate(embodiment), trace=trace)
-    from vla.runtime.kinematics import Kinematics  # mujoco and mink load only when joints are commanded
+    embodiment = within_urdf(embodiment)
+    carries_stop = all("trajectory" in sink.kind for sink in embodiment.sinks if sink.kind != "gripper_command")
+    if embodiment.action_space == "joint_position" and not embodiment.robot_model:
+        gate = Gate(embodiment, carries_stop=carries_stop)
+        return ControlLoop(embodiment, scheduler, gate, trace=trace)
+    from vla.runtime.kinematics import Kinematics  # mujoco and mink load only where something has to be solved
 
     kinematics = Kinematics(embodiment)
-    gate = Gate(embodiment, tool_position=lambda q: kinematics.forward(q)[0])
+    gate = Gate(embodiment, tool_position=lambda q: kinematics.forward(q)[0], carries_stop=carries_stop)
     return ControlLoop(embodiment, scheduler, gate, kinematics, trace)
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Simulated time of one inference. inference_ns: what the policy takes. transport_ns: all else between observation
+    and chunk, both ways and waiting."""
+
+    inference_ns: int
+    transport_ns: int = 0
+
+    @property
+    def total_ns(self) -> int:
+        return self.inference_ns + self.transport_ns
 
 
 @dataclass(frozen=True)
@@ -197,13 +300,15 @@ def run_episode(
     seed: int,
     task: str | None = None,
     latency_s: float = 0.0,
+    delays: Callable[[int], Delay] | None = None,
     on_step: Callable[[Observation, Command, dict[str, Any]], None] | None = None,
     instruction: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> EpisodeResult:
     """Policy, loop and environment in one process, on the environment's simulated clock: repeats bit for bit.
 
-    latency_s: simulated time from an observation to its chunk (the real computing time does not count).
+    latency_s: simulated time from an observation to its chunk (the real computing time does not count). delays: the
+    same for each inference by its number in the episode, instead of latency_s; a trace then tells these times.
     on_step(observation, command, info) is called before each command is executed; images may be rendered in it.
     instruction: overrides the environment's own. options: further ones of the environment's reset.
     Raises EmbodimentMismatch when policy and environment differ.
@@ -219,8 +324,7 @@ def run_episode(
     scheduler, trace = loop.scheduler, loop.trace
     if trace is not None:
         trace.begin(now_ns)
-    latency_ns = round(latency_s * NS_PER_S)
-    answer = None  # (result, ready_ns, asked_ns, wall_ms)
+    answer = None  # (result, asked_ns, ready_ns, took_ms)
     inference_ms: list[float] = []
     gate = {verdict.name.lower(): 0 for verdict in Verdict}
     steps, done = 0, False
@@ -229,12 +333,19 @@ def run_episode(
             context = scheduler.context(now_ns, seed, observation.stamp_ns)
             began = time.perf_counter()
             result = infer(policy, observation.check(), context)
-            inference_ms.append((time.perf_counter() - began) * 1e3)
-            answer = (result, now_ns + latency_ns, now_ns, inference_ms[-1])
-        if answer is not None and now_ns >= answer[1]:
-            refused = scheduler.submit(answer[0], now_ns)
+            took_ms = (time.perf_counter() - began) * 1e3
+            inference_ms.append(took_ms)
+            if delays is None:
+                ready_ns = now_ns + round(latency_s * NS_PER_S)
+            else:
+                delay = delays(len(inference_ms) - 1)
+                ready_ns, took_ms = now_ns + delay.total_ns, delay.inference_ns * 1e-6
+            answer = (result, now_ns, ready_ns, took_ms)
+        if answer is not None and now_ns >= answer[2]:
+            result, asked_ns, ready_ns, took_ms = answer
+            refused = scheduler.submit(result, now_ns)
             if trace is not None:
-                trace.inference(answer[2], now_ns, answer[3], answer[0].report, not refused)
+                trace.inference(asked_ns, ready_ns, took_ms, result.report, not refused, result.chunk.start_ns)
             answer = None
         loop.heartbeat(now_ns)
         command = loop.tick(now_ns, positions, velocities, now_ns)

@@ -8,12 +8,14 @@ One control slot is one action period. Per slot, in this order:
 Due times are counted from what was executed: a chunk is about the observation it came from, so it starts at the index
 of the first action that has not been executed since then. While the last chunk keeps running (overlap), a late chunk
 therefore drops what is past; while the arm waits (no chunk left), nothing is dropped, because nothing was executed.
+No latency is estimated anywhere: one slow inference delays its own chunk and changes nothing about the next.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,28 +34,40 @@ MAX_GAP = 16  # chunks of one sender that may be lost in a row; senders begin th
 class DueAction:
     """action: float32[A], physical units. due_ns: when it should start. index: in its chunk.
 
-    chunk_number: ever growing, never reused.
+    chunk_number: ever growing, never reused. stamp_ns: of the observation that the chunk came from, -1 if not known.
     """
 
     action: np.ndarray
     due_ns: int
     index: int
     chunk_number: int
+    stamp_ns: int = -1
 
 
 @dataclass
 class _Request:
-    """What held when an observation was handed to the policy."""
+    """What held when an observation was asked for. executed: slots whose actions were executed since."""
 
     start_ns: int
     asked_ns: int
-    executed: int
     dispensed: int
+    executed: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)  # of an action, per slot: less than 1 while it is slowed down
+
+    def executed_after(self, stamp_ns: int, period_ns: int) -> int:
+        """Actions executed since an observation of `stamp_ns`. One that was taken later than it was asked for has seen
+        what ran until then: all actions that were more than half done."""
+        since = stamp_ns - period_ns // 2
+        return int(sum(share for slot_ns, share in zip(self.executed, self.shares) if slot_ns > since) + 1e-6)
 
 
 @dataclass
 class _Active:
-    """A chunk on its way out. index: next action. first: index it began with. end: one past its last usable action."""
+    """A chunk on its way out. index: next row. first: row it began with. end: one past its last usable row.
+
+    Rows are the chunk's actions, one period each; from row `bend` on they may take `scale` times as long, `slow` then
+    being what they are made of.
+    """
 
     result: InferResult
     number: int
@@ -61,9 +75,19 @@ class _Active:
     index: int
     first: int
     end: int
+    scale: float = 1.0
+    bend: int = 0
+    slow: np.ndarray | None = None
 
     def due_ns(self, index: int) -> int:
         return self.start_ns + index * self.result.chunk.period_ns
+
+    def row(self, index: int) -> np.ndarray:
+        return self.result.chunk.actions[index] if self.slow is None else self.slow[index - self.bend]
+
+    def action_at(self, index: int) -> int:
+        """Which action of the chunk row `index` belongs to."""
+        return self.bend + int((index - self.bend) / self.scale + 1e-6)
 
 
 class _ChunkScheduler:
@@ -96,7 +120,7 @@ class _ChunkScheduler:
         self._previous: InferResult | None = None
         self._newest_start_ns: int | None = None
         self._accepted = self._asked = 0
-        self._executed = self._dispensed = 0
+        self._dispensed = 0
         self._number: int | None = None  # of the sender's last accepted chunk
         self._stranger: int | None = None  # of the sender's last refused chunk
         self._waiting = False
@@ -125,18 +149,20 @@ class _ChunkScheduler:
         """
         self._notice(now_ns)
         start_ns = now_ns if stamp_ns is None else stamp_ns
-        self._request = _Request(start_ns, now_ns, self._executed, self._dispensed)
+        self._request = _Request(start_ns, now_ns, self._dispensed)
         context = InferContext(start_ns=start_ns, seed=request_seed(seed, self._asked))
         self._asked += 1
         active = self._active
         if active is None:
             return context
-        chunk = active.result.chunk
-        committed = chunk.actions[active.index : min(active.index + self.lead, active.end)]
+        chunk, index = active.result.chunk, active.action_at(active.index)
+        committed = chunk.actions[index : active.action_at(min(active.index + self.lead, active.end))]
+        # Where it is slowed down, the times of its actions are those that it has from here on.
+        began_ns = active.due_ns(active.index) - round(index * active.scale * chunk.period_ns)
         return InferContext(
-            previous=ActionChunk(chunk.actions, active.start_ns, chunk.period_s),
+            previous=ActionChunk(chunk.actions, began_ns, chunk.period_s * active.scale),
             previous_ids=active.result.report.ids,
-            executed=active.index,
+            executed=index,
             committed=committed.copy() if len(committed) else None,
             start_ns=start_ns,
             seed=context.seed,
@@ -213,14 +239,56 @@ class _ChunkScheduler:
         if due_ns - now_ns > tolerance_ns:
             self._waiting = True
             return None
-        due = DueAction(active.result.chunk.actions[active.index], due_ns, active.index, active.number)
+        due = self._handed_out(active, due_ns)
         active.index += 1
         self._slot_ns = now_ns
-        self._executed += 1
+        for request in self._requests():
+            request.executed.append(now_ns)
+            request.shares.append(1.0 / active.scale)
         self._dispensed += 1
         self.due_actions += 1
         self.late_actions += now_ns - due_ns > LATE_FRACTION * period_ns
         return due
+
+    def _handed_out(self, active: _Active, due_ns: int) -> DueAction:
+        index = active.index
+        stamp_ns = active.result.chunk.start_ns
+        return DueAction(active.row(index), due_ns, active.action_at(index), active.number, stamp_ns)
+
+    def remaining(self) -> np.ndarray:
+        """float32[N, A], the action that due() handed out last and those that follow it in its chunk."""
+        active = self._active
+        assert active is not None and active.index > 0
+        return np.array([active.row(index) for index in range(active.index - 1, active.end)])
+
+    def upcoming(self, count: int) -> np.ndarray:
+        """float32[N <= count, A], the next actions of the chunk that runs, one per period."""
+        active = self._active
+        if active is None or count < 1:
+            return np.empty((0, 0), np.float32)
+        return np.array([active.row(index) for index in range(active.index, min(active.index + count, active.end))])
+
+    def slow_down(self, rows: np.ndarray, factor: float) -> DueAction:
+        """The chunk that due() has just begun takes `factor` times as long from this action on.
+
+        rows: float32[M, A], what replaces `remaining()`, one row per period. All later due times move with it, and the
+        actions count as executed by the share that was. Returns what is due now in place of the action handed out.
+        """
+        active = self._active
+        assert active is not None and active.index > 0 and active.slow is None
+        active.first = active.index = active.bend = active.index - 1
+        active.scale, active.slow, active.end = factor, rows, active.bend + len(rows)
+        due = self._handed_out(active, active.due_ns(active.index))
+        active.index += 1
+        for request in self._requests():
+            if request.executed and request.executed[-1] == self._slot_ns:
+                request.shares[-1] = 1.0 / factor
+        return due
+
+    @property
+    def time_scale(self) -> float:
+        """By how much the chunk that runs is slowed down; 1.0 when it is not."""
+        return 1.0 if self._active is None else self._active.scale
 
     def _miss(self, now_ns: int, counted: int) -> None:
         """Count the slots without an action since the last one, this one included, as a stalled loop sleeps through
@@ -247,7 +315,15 @@ class _ChunkScheduler:
 
     def not_executed(self) -> None:
         """The Gate stopped the action that due() handed out last: it does not count as executed."""
-        self._executed -= 1
+        for request in self._requests():
+            if request.executed and request.executed[-1] == self._slot_ns:
+                request.executed.pop()
+                request.shares.pop()
+
+    def _requests(self) -> list[_Request]:
+        """The open one, and that of the chunk that waits for its turn."""
+        waiting = None if self._next is None else self._next[1]
+        return [request for request in (self._request, waiting) if request is not None]
 
     def _take_over(self, now_ns: int) -> None:
         if self._next is None:
@@ -259,7 +335,7 @@ class _ChunkScheduler:
         if running and self._dispensed - request.dispensed < self.lead:
             return
         self._next = None
-        index = max(0, self._executed - request.executed)
+        index = request.executed_after(result.chunk.start_ns, result.chunk.period_ns)
         if index >= len(result.chunk):
             self.refused["all actions past"] += 1
             return
@@ -276,8 +352,8 @@ class _ChunkScheduler:
         self._numbers += 1
 
     def _run_length(self, active: _Active) -> int:
-        room = len(active.result.chunk) - active.first
-        return room if self.execute is None else min(self.execute, room)
+        room = (len(active.result.chunk) - active.first) if active.slow is None else len(active.slow)
+        return room if self.execute is None else min(math.ceil(self.execute * active.scale), room)
 
     def _notice(self, now_ns: int) -> bool:
         """True when time ran backwards: all due times are void, so everything but the counters is dropped."""
@@ -313,6 +389,17 @@ Scheduler = SequentialScheduler | OverlappedScheduler
 
 def _follows(number: int, last: int | None) -> bool:
     return last is not None and 0 < number - last <= MAX_GAP
+
+
+def observed_later(context: InferContext, slots: int) -> InferContext:
+    """The context for an observation that was taken `slots` control periods after it was asked for: that many of the
+    committed actions are executed by then. Where none are committed the arm waits, and nothing was executed."""
+    committed = context.committed
+    if committed is None or slots < 1:
+        return context
+    slots = min(slots, len(committed))
+    left = committed[slots:] if slots < len(committed) else None
+    return replace(context, executed=context.executed + slots, committed=left)
 
 
 def request_seed(seed: int, request: int) -> int:

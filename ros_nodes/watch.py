@@ -1,0 +1,197 @@
+"""What speaks against moving, of all that the control loop cannot see for itself: the command node's watch.
+
+It is told what arrives and answers with one reason, the weightiest. Times are the steady clock's, stamps the graph's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ros_nodes.messages import JointState, Status
+from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, STAMP_KEY, Now
+from vla.embodiment import Embodiment
+from vla.errors import TransportError, explain
+from vla.runtime.gate import Reason
+from vla.runtime.scheduler import MAX_GAP
+from vla.types import NS_PER_S
+
+DEADMAN_TIMEOUT_NS = 150_000_000
+STRANGER_NS = 1_000_000_000  # how long the arm waits after the last chunk of a second policy
+JUMP_TOLERANCE = 0.05  # rad or m: noise, and joint states that were late
+JUMP_FACTOR = 2.0  # times the velocity limit: faster than that, a joint state is not motion
+LATE_PERIODS = 2  # a camera that is slow by itself, or on a busy machine, may be late by so many of its own periods
+_MOST_LATE_NS = 400_000_000
+_TOLD_KEPT = 12
+FROZEN_TRAVEL = 0.05  # rad or m: after that much motion of one joint, a camera's picture must have changed
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """What the policy last said of a camera: stamp and fingerprint of its newest picture. first_ns, joints: stamp and
+    measured joints float64[D] when that fingerprint was new. told: the newest of the stamps before, oldest first."""
+
+    stamp_ns: int
+    picture: str
+    first_ns: int
+    joints: np.ndarray | None
+    told: tuple[int, ...] = ()
+
+    @property
+    def period_ns(self) -> float:
+        """Usual distance of the stamps, 0 while not known."""
+        return float(np.median(np.diff(self.told))) if len(self.told) > _TOLD_KEPT // 2 else 0.0
+
+
+class Watch:
+    """robot: whose joints and cameras. deadman: one is asked for. camera_timeout_s: see CommandCore.
+
+    joints: the newest joint state, see `on_joints`. ending: the shell is about to fall silent. acted: what held the arm
+    when it was last acted upon.
+    """
+
+    def __init__(self, robot: Embodiment, deadman: bool = False, camera_timeout_s: float = 0.15) -> None:
+        self._camera_names, self._deadman = robot.camera_names, deadman
+        self._joint_names = tuple(joint.name for joint in robot.joints)
+        self._fastest = JUMP_FACTOR * np.array([joint.max_velocity for joint in robot.joints])
+        self._camera_timeout_ns, self._period_ns = round(camera_timeout_s * NS_PER_S), round(robot.period_s * NS_PER_S)
+        self._stopped = self._pressed = self.ending = False
+        self._held_ns: int | None = None  # when the deadman switch last said true
+        self._speaker: int | None = None  # number of the last chunk of the policy that is heard
+        self._told_ns = 0  # stamp of the last heartbeat
+        self._stranger_ns: int | None = None  # when the last chunk of a second policy came
+        self.acted = Reason.NONE
+        self.joints: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        self._joint_fault = "no joint states yet"
+        self.begin()
+
+    def begin(self) -> None:
+        """A new episode: the scene may have been laid anew. An emergency stop stays."""
+        self._cameras: dict[str, _Camera] = {}
+        self._seen: tuple[int, np.ndarray] | None = None  # the last good joint state, to tell jumps
+        self._event = Reason.NONE  # a fault of one message, which the next may already hide
+
+    # ---- operator ----
+    def estop(self, pressed: bool) -> None:
+        self._pressed, self._stopped = pressed, self._stopped or pressed
+
+    def resume(self) -> None:
+        """Ends an emergency stop that is no longer pressed; TransportError for one that is."""
+        if self._pressed:
+            raise TransportError(
+                explain(EMERGENCY_STOP.topic, "false before it can be resumed", "true", "Release the emergency stop.")
+            )
+        self._stopped = False
+
+    def deadman(self, held: bool, received_ns: int) -> None:
+        self._held_ns = received_ns if held else None
+
+    # ---- joint states ----
+    def on_joints(self, message: JointState) -> None:
+        """Into `joints`: stamp, positions and velocities of this robot's joints, in their order; None when unusable."""
+        index = {name: i for i, name in enumerate(message.names)}
+        missing = [name for name in self._joint_names if name not in index]
+        got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
+        fault = explain("joint states", f"positions of {list(self._joint_names)}", got, "Fix the driver.")
+        if not missing and len(message.positions) == len(message.names):
+            order = [index[name] for name in self._joint_names]
+            positions = message.positions[order]
+            if np.all(np.isfinite(positions)):
+                velocities = message.velocities[order] if len(message.velocities) == len(message.names) else None
+                self._note_jump(message.stamp_ns, positions)
+                self.joints, self._joint_fault = (message.stamp_ns, positions, velocities), ""
+                return
+            fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
+        self.joints, self._joint_fault, self._event = None, fault, Reason.JOINT_STATE_INVALID
+
+    def _note_jump(self, stamp_ns: int, positions: np.ndarray) -> None:
+        """Further from the last joint state than the arm can have moved. Stamps that stand or run backwards have a
+        reason of their own."""
+        last, self._seen = self._seen, (stamp_ns, positions)
+        if last is None or stamp_ns < last[0]:
+            return
+        allowed = self._fastest * ((stamp_ns - last[0]) / NS_PER_S) + JUMP_TOLERANCE
+        if np.any(np.abs(positions - last[1]) > allowed):
+            self._event = Reason.JOINT_STATE_JUMP
+
+    # ---- policy ----
+    def new_sender(self) -> None:
+        """The policy was away: whoever comes next is heard."""
+        self._speaker = self._stranger_ns = None
+
+    def stranger(self, number: int, now: Now) -> bool:
+        """A chunk of this number is not of the policy that is alive, but of a second one."""
+        if self._speaker is None or abs(number - self._speaker) <= MAX_GAP:
+            return False
+        self._stranger_ns = now.steady_ns
+        return True
+
+    def heard(self, number: int) -> None:
+        """A chunk of this number was taken."""
+        self._speaker = number
+
+    def pictures(self, heartbeat: Status, now: Now) -> None:
+        """Stamp and fingerprint of each camera's newest picture, if the policy tells them."""
+        self._told_ns = now.stamp_ns - (now.steady_ns - now.received_ns)
+        for name in self._camera_names:
+            stamp, picture = heartbeat.values.get(STAMP_KEY + name), heartbeat.values.get(PICTURE_KEY + name, "")
+            if stamp is None or not stamp.lstrip("-").isdecimal():
+                continue
+            stamp_ns, known = int(stamp[:20]), self._cameras.get(name)
+            told = () if known is None else known.told
+            if known is None or stamp_ns != known.stamp_ns:
+                told = (*told, stamp_ns)[-_TOLD_KEPT:]
+            if known is not None and picture == known.picture:
+                self._cameras[name] = replace(known, stamp_ns=stamp_ns, told=told)
+            else:
+                joints = None if self.joints is None else self.joints[1]
+                self._cameras[name] = _Camera(stamp_ns, picture, stamp_ns, joints, told)
+
+    # ---- answers ----
+    def doubt(self, now: Now) -> Reason:
+        """The weightiest reason not to move, NONE for none."""
+        if self._stopped:
+            return Reason.EMERGENCY_STOP
+        if self.ending:
+            return Reason.OPERATOR
+        if self._deadman and (self._held_ns is None or now.steady_ns - self._held_ns >= DEADMAN_TIMEOUT_NS):
+            return Reason.DEADMAN
+        if self._two_policies(now):
+            return Reason.SECOND_POLICY
+        return self._event or (Reason.CAMERA if self._blind(now) else Reason.NONE)
+
+    def act(self, now: Now) -> Reason:
+        """`doubt`, which is now acted upon: what one message did is dealt with."""
+        self.acted, self._event = self.doubt(now), Reason.NONE
+        return self.acted
+
+    def faults(self, now: Now, running: bool) -> dict[str, str]:
+        """What /diagnostics says of it."""
+        out = {"joint_states": self._joint_fault} if self._joint_fault else {}
+        if running and (blind := self._blind(now)):
+            out["camera"] = blind
+        if self._two_policies(now):
+            out["policies"] = "chunks of a second policy: end one of them"
+        if self._stopped:
+            out["estop"] = "pressed" if self._pressed else "released; resume with /vla/control"
+        return out
+
+    def _two_policies(self, now: Now) -> bool:
+        return self._stranger_ns is not None and now.steady_ns - self._stranger_ns < STRANGER_NS
+
+    def _blind(self, now: Now) -> str:
+        """Which camera the policy has no picture of, and why; "" when it has all."""
+        for name, camera in self._cameras.items():
+            # What a policy that fell silent has seen since is not known: its silence has a reason of its own.
+            age_ns = min(now.stamp_ns, self._told_ns + HEARTBEAT_PERIOD_NS * 3 // 2) - camera.stamp_ns
+            late_ns = max(self._camera_timeout_ns, min(LATE_PERIODS * camera.period_ns, _MOST_LATE_NS))
+            if age_ns > late_ns + (camera.period_ns or self._period_ns):
+                return f"camera {name}: its newest picture is {age_ns / 1e6:.0f} ms old"
+            same_ns = camera.stamp_ns - camera.first_ns
+            if not camera.picture or same_ns < self._camera_timeout_ns or self.joints is None or camera.joints is None:
+                continue
+            travel = float(np.max(np.abs(self.joints[1] - camera.joints), initial=0.0))
+            if travel > FROZEN_TRAVEL:
+                return f"camera {name}: the same picture for {same_ns / 1e6:.0f} ms while a joint moved by {travel:.2f}"
+        return ""

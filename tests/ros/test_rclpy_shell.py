@@ -1,0 +1,448 @@
+"""What only rclpy has: lifecycle, parameters, names, services, actions, launch. Skipped where ROS is not sourced."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from shells import ONLY_HERE, ROOT, Graph, graph, needs_rclpy, ros_environment
+
+from ros_nodes.messages import Clock, JointState, Text, encode
+from ros_nodes.node import (
+    CLOCK,
+    CONTROL,
+    CONTROL_STATUS,
+    DIAGNOSTICS,
+    HEARTBEAT,
+    JOINT_STATES,
+    RESET,
+    STATE,
+    Effects,
+    Endpoint,
+    Job,
+    Now,
+    Periodic,
+    Send,
+)
+from ros_nodes.settings import COMMAND, NodeKind
+from vla.resources import config_dir, load_embodiment
+
+pytestmark = [pytest.mark.ros, needs_rclpy]
+ROBOT = load_embodiment("tabletop")
+ANSWER_S = 60.0
+
+
+class Ros:
+    """A ROS node of the test, spinning in a thread, in the domain of a graph."""
+
+    def __init__(self, domain: int):
+        import rclpy
+        from rclpy.executors import SingleThreadedExecutor
+
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=domain)
+        self.node = rclpy.create_node("tester", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self._ended = False
+        self._thread = threading.Thread(target=self._spin)
+        self._thread.start()
+
+    def _spin(self) -> None:
+        while not self._ended:
+            self.executor.spin_once(timeout_sec=0.05)
+
+    def call(self, kind: Any, name: str, request: Any) -> Any:
+        client = self.node.create_client(kind, name)
+        assert client.wait_for_service(ANSWER_S), f"no service {name}"
+        return self.result(client.call_async(request))
+
+    def result(self, future: Any) -> Any:
+        deadline = time.monotonic() + ANSWER_S
+        while not future.done():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return future.result()
+
+    def change(self, node: str, transition: str) -> bool:
+        from lifecycle_msgs.msg import Transition
+        from lifecycle_msgs.srv import ChangeState
+
+        request = ChangeState.Request(transition=Transition(label=transition))
+        return bool(self.call(ChangeState, f"/{node}/change_state", request).success)
+
+    def state(self, node: str) -> str:
+        from lifecycle_msgs.srv import GetState
+
+        return str(self.call(GetState, f"/{node}/get_state", GetState.Request()).current_state.label)
+
+    def trigger(self, name: str) -> tuple[bool, str]:
+        from std_srvs.srv import Trigger
+
+        answer = self.call(Trigger, name, Trigger.Request())
+        return answer.success, answer.message
+
+    def close(self) -> None:
+        self._ended = True
+        self._thread.join()
+        self.node.destroy_node()
+        self.context.shutdown()
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
+    for name, value in ONLY_HERE.items():
+        monkeypatch.setenv(name, value)
+    with graph("rclpy") as made:
+        yield made
+
+
+@pytest.fixture
+def ros(found: Graph) -> Iterator[Ros]:
+    made = Ros(found.domain)
+    yield made
+    made.close()
+
+
+def wait(condition: Callable[[], bool], what: str, limit_s: float = ANSWER_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+# ---- lifecycle and parameters ----
+def test_the_life_of_a_node(found: Graph, ros: Ros) -> None:
+    found.listen(CONTROL_STATUS)
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop", autostart=False)
+    heard = found.heard[CONTROL_STATUS.topic]
+    assert ros.state("vla_command") == "unconfigured" and ros.node.count_publishers("/vla/status") == 0
+    for _ in range(2):  # a freed node can be made again
+        assert ros.change("vla_command", "configure") and ros.state("vla_command") == "inactive"
+        time.sleep(0.6)
+        assert not heard
+        assert ros.change("vla_command", "activate")
+        found.hear(CONTROL_STATUS.topic)
+        assert ros.change("vla_command", "deactivate") and ros.state("vla_command") == "inactive"
+        heard.clear()
+        time.sleep(0.6)
+        assert len(heard) <= 1  # one may have been under way
+        assert ros.change("vla_command", "cleanup")
+        wait(lambda: ros.node.count_publishers("/vla/status") == 0, "the publisher is gone")
+        heard.clear()
+    assert found.end(process) == (0, "")
+
+
+def test_parameters_are_described_checked_and_fixed_while_configured(found: Graph, ros: Ros) -> None:
+    from rcl_interfaces.srv import DescribeParameters, SetParameters
+    from rclpy.parameter import Parameter
+
+    process = found.start("command", embodiment="nowhere", autostart=False)
+    names = [setting.name for setting in COMMAND]
+    described = ros.call(
+        DescribeParameters, "/vla_command/describe_parameters", DescribeParameters.Request(names=names)
+    )
+    for setting, descriptor in zip(COMMAND, described.descriptors):
+        assert setting.help in descriptor.description
+        ranges = [*descriptor.integer_range, *descriptor.floating_point_range]
+        if setting.kind in ("int", "float"):
+            assert (ranges[0].from_value, ranges[0].to_value) == (setting.low, setting.high)
+
+    def put(name: str, value: Any) -> tuple[bool, str]:
+        request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
+        answer = ros.call(SetParameters, "/vla_command/set_parameters", request).results[0]
+        return answer.successful, answer.reason
+
+    assert not ros.change("vla_command", "configure") and ros.state("vla_command") == "unconfigured"
+    assert not put("lead", 5000)[0]
+    assert put("embodiment", "tabletop")[0] and ros.change("vla_command", "configure")
+    fixed, reason = put("embodiment", "libero")
+    assert not fixed and "cleanup first" in reason
+    assert ros.change("vla_command", "cleanup") and put("lead", 3)[0]
+    code, errors = found.end(process)
+    assert code == 0 and "'nowhere' is unknown" in errors
+
+
+def test_names_are_relative_and_qos_can_be_overridden(found: Graph, ros: Ros) -> None:
+    from rclpy.qos import ReliabilityPolicy
+
+    status = Endpoint("/left/gate_status", CONTROL_STATUS.type_name)
+    for endpoint in (status, DIAGNOSTICS):
+        found.listen(endpoint)
+    found.operator.start()
+    names = ("-r", "__ns:=/left", "-r", "vla/status:=gate_status")
+    overrides = ("-p", "qos_overrides./left/vla/chunk.subscription.reliability:=best_effort")
+    process = found.start("command", *names, *overrides, embodiment="tabletop")
+    found.hear(status.topic)
+    found.hear(DIAGNOSTICS.topic)
+    (chunks,) = ros.node.get_subscriptions_info_by_topic("/left/vla/chunk")
+    (joints,) = ros.node.get_subscriptions_info_by_topic("/left/joint_states")
+    assert chunks.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT
+    assert joints.qos_profile.reliability == ReliabilityPolicy.RELIABLE
+    assert found.end(process) == (0, "")
+
+
+def test_simulated_time_is_followed(found: Graph) -> None:
+    found.listen(CONTROL_STATUS)
+    clock = found.publisher(Endpoint(CLOCK.topic, CLOCK.type_name, STATE))
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop", use_sim_time=True)
+    found.wait(lambda: clock.readers > 0, "a reader of /clock")
+    clock.publish(encode(Clock(7_000_000_000)))
+    found.hear(CONTROL_STATUS.topic, lambda m: m.object()["stamp_ns"] == 7_000_000_000)
+    assert found.end(process) == (0, "")
+
+
+def test_a_signal_that_comes_twice_means_one_thing(found: Graph) -> None:
+    """Ctrl-C reaches a node from the terminal, and once more from launch."""
+    found.listen(CONTROL_STATUS)
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop")
+    found.hear(CONTROL_STATUS.topic)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    assert found.end(process) == (0, "")
+
+
+# ---- services and actions ----
+def test_services_say_what_their_topics_say(found: Graph, ros: Ros) -> None:
+    from std_srvs.srv import SetBool
+
+    found.listen(CONTROL_STATUS)
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop")
+    found.hear(CONTROL_STATUS.topic)
+    assert ros.trigger("/vla/stop") == (True, "")
+    assert ros.call(SetBool, "/vla/estop", SetBool.Request(data=True)).success
+    resumed, reason = ros.trigger("/vla/resume")
+    assert not resumed and "Release the emergency stop" in reason
+    assert ros.call(SetBool, "/vla/estop", SetBool.Request(data=False)).success
+    assert ros.trigger("/vla/resume") == (True, "")
+    assert ros.change("vla_command", "deactivate")
+    assert ros.trigger("/vla/stop") == (False, "vla_command is not active")
+    assert found.end(process) == (0, "")
+
+
+class Arm:
+    """Joint states of an arm that rests at home, 50 times a second."""
+
+    def __init__(self, found: Graph):
+        self._publisher, self._ended = found.publisher(JOINT_STATES), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        names = tuple(joint.name for joint in ROBOT.joints)
+        while not self._ended.wait(0.02):
+            self._publisher.publish(encode(JointState(time.time_ns(), names, np.array(ROBOT.home))))
+
+    def __enter__(self) -> Arm:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vla_interfaces") is None, reason="vla_interfaces is not built here")
+def test_an_instruction_is_executed_until_time_or_cancel(found: Graph, ros: Ros) -> None:
+    from action_msgs.msg import GoalStatus
+    from rclpy.action import ActionClient
+    from vla_interfaces.action import ExecuteInstruction
+
+    found.listen(CONTROL_STATUS)
+    found.publisher(JOINT_STATES)
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop")
+    found.hear(CONTROL_STATUS.topic)
+    client = ActionClient(ros.node, ExecuteInstruction, "/vla/execute")
+    assert client.wait_for_server(ANSWER_S)
+    said: list[Any] = []
+
+    def send(**fields: Any) -> Any:
+        said.clear()
+        goal = ExecuteInstruction.Goal(**fields)
+        return ros.result(client.send_goal_async(goal, feedback_callback=lambda m: said.append(m.feedback)))
+
+    with Arm(found):
+        assert not send(instruction="  ").accepted
+        handle = send(instruction="push the red cube", seed=3)
+        assert handle.accepted
+        wait(lambda: any(f.phase == "running" for f in said), "feedback of a running episode")
+        assert not send(instruction="another one").accepted
+        ros.result(handle.cancel_goal_async())
+        ended = ros.result(handle.get_result_async())
+        assert ended.status == GoalStatus.STATUS_CANCELED and ended.result.message == "cancelled"
+        handle = send(instruction="push the red cube", time_limit_s=0.5)
+        ended = ros.result(handle.get_result_async())
+        assert ended.status == GoalStatus.STATUS_ABORTED and ended.result.message == "the time is up"
+        assert 0.5 <= ended.result.duration_s < 10
+        # An operator says that the task is done.
+        handle = send(instruction="push the red cube")
+        wait(lambda: any(f.phase == "running" for f in said), "feedback of a running episode")
+        found.say(CONTROL, Text.of(op="done", success=True))
+        ended = ros.result(handle.get_result_async())
+        assert ended.status == GoalStatus.STATUS_SUCCEEDED and ended.result.success
+    code, errors = found.end(process)
+    assert code == 0 and errors.count("[WARN]") == 1 and "expected a sentence" in errors
+
+
+@pytest.mark.skipif(importlib.util.find_spec("control_msgs") is None, reason="control_msgs is not installed here")
+def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: Path) -> None:
+    from control_msgs.action import FollowJointTrajectory
+    from rclpy.action import ActionServer
+    from rclpy.callback_groups import ReentrantCallbackGroup
+
+    robot = yaml.safe_load((config_dir() / "embodiment" / "tabletop.yaml").read_text())
+    robot.pop("command_topic")
+    robot["robot_model"] = str(config_dir() / "embodiment" / "models" / "tabletop_arm.xml")
+    robot["outputs"] = [{"topic": "/arm/follow_joint_trajectory", "kind": "follow_joint_trajectory"}]
+    path = tmp_path / "robot.yaml"
+    path.write_text(yaml.safe_dump(robot))
+    goals: list[Any] = []
+
+    def execute(handle: Any) -> Any:
+        goals.append(handle.request.trajectory)
+        handle.succeed()
+        return FollowJointTrajectory.Result()
+
+    found.listen(CONTROL_STATUS)
+    found.listen(DIAGNOSTICS)
+    found.publisher(JOINT_STATES)
+    found.operator.start()
+    process = found.start("command", embodiment=str(path))
+    found.hear(CONTROL_STATUS.topic)
+    with Arm(found):
+        found.say(CONTROL, Text.of(op="go", episode=1, seed=1))
+        found.hear(DIAGNOSTICS.topic, lambda m: "no action server" in m.statuses[0].message)
+        server = ActionServer(
+            ros.node, FollowJointTrajectory, "/arm/follow_joint_trajectory", execute,
+            callback_group=ReentrantCallbackGroup(),
+        )  # fmt: skip
+        wait(lambda: len(goals) >= 5, "goals")
+        found.heard[DIAGNOSTICS.topic].clear()
+        found.hear(DIAGNOSTICS.topic, lambda m: "no action server" not in m.statuses[0].message)
+    names = tuple(joint.name for joint in ROBOT.joints)
+    for goal in goals:
+        assert tuple(goal.joint_names) == names and not np.any(goal.points[-1].velocities)
+    assert found.end(process) == (0, "")
+    server.destroy()
+
+
+# ---- the executor ----
+class Slow:
+    """Ticks every 10 ms; a message starts a job of a second."""
+
+    name = "slow"
+    subscriptions = (Endpoint("/work", Text.type_name),)
+    publications = (Endpoint("/done", Text.type_name),)
+
+    def __init__(self) -> None:
+        self.timer, self.ticks, self.calls = Periodic(10_000_000), [], []  # type: ignore[var-annotated]
+
+    @property
+    def next_tick_ns(self) -> int:
+        return self.timer.next_ns
+
+    def on_message(self, topic: str, message: Any, now: Now) -> Effects:
+        return (Job("sleep", lambda: time.sleep(1.0)),)
+
+    def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        return ()
+
+    def on_result(self, name: str, value: Any, now: Now) -> Effects:
+        return (Send("/done", Text("done")),)
+
+    def tick(self, now: Now) -> Effects:
+        self.timer.due(now.steady_ns)
+        self.ticks.append(now.steady_ns)
+        return ()
+
+    def close(self, now: Now) -> Effects:
+        return ()
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+
+def test_jobs_never_block_the_executor(found: Graph, ros: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ros_nodes.rclpy_shell import NodeShell
+
+    core, module = Slow(), types.ModuleType("slow_module")
+    module.build = lambda options: core  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slow_module", module)
+    found.listen(Endpoint("/done", Text.type_name))
+    found.publisher(Slow.subscriptions[0])
+    found.operator.start()
+    shell = NodeShell(NodeKind("slow", "slow_module", ()), context=ros.context)
+    try:
+        shell.trigger_configure()
+        shell.trigger_activate()
+        ros.executor.add_node(shell)
+        found.say(Slow.subscriptions[0], Text("work"))
+        begin = time.monotonic()
+        assert ros.state("slow") == "active" and time.monotonic() - begin < 0.9
+        found.hear("/done")
+        during = np.diff(core.ticks) / 1e9
+        assert len(core.ticks) > 50 and np.percentile(during, 90) < 0.1
+    finally:
+        ros.executor.remove_node(shell)
+        shell.trigger_shutdown()
+        shell.destroy_node()
+
+
+# ---- launch ----
+def ros2_launch(file: str, domain: int, *words: str) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from launch import LaunchDescription, LaunchService; from launch.actions import *; "
+        "from launch.launch_description_sources import *; "
+        "service = LaunchService(); "
+        "service.include_launch_description(LaunchDescription([IncludeLaunchDescription("
+        "PythonLaunchDescriptionSource(sys.argv[1]), "
+        "launch_arguments=[tuple(w.split(':=', 1)) for w in sys.argv[2:]])])); sys.exit(service.run())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT / "launch" / file), *words], cwd="/", env=ros_environment(domain),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("launch_ros") is None, reason="launch_ros is not installed here")
+def test_the_launch_files_drive_the_simulator(found: Graph) -> None:
+    """The shipped policy, the gate and the simulator, from the real launch files: an episode, and clean ends."""
+    for endpoint in (CONTROL_STATUS, HEARTBEAT):
+        found.listen(endpoint)
+    found.publisher(RESET)
+    found.operator.start()
+    launches = {
+        "robot": ros2_launch("robot.launch.py", found.domain, "bundle:=tabletop", "robot:=tabletop"),
+        "sim": ros2_launch("sim.launch.py", found.domain, "env:=tabletop"),
+    }
+    found.processes += launches.values()  # one that dies is noticed
+    try:
+        found.hear(HEARTBEAT.topic)
+        found.hear(CONTROL_STATUS.topic)
+        found.say(RESET, Text.of(episode=1, seed=1_000_101))
+        found.hear(CONTROL_STATUS.topic, lambda m: m.object()["episode"] == 1 and m.object()["due"] > 10)
+        for name, process in launches.items():
+            process.send_signal(signal.SIGINT)
+            out = "".join(process.communicate(timeout=90))
+            assert process.returncode == 0, out
+            assert out.count("process has finished cleanly") == (2 if name == "robot" else 1), out
+    finally:
+        for process in launches.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
