@@ -116,7 +116,9 @@ class InstructionServer:
         try:
             action = interface("vla_interfaces/action/ExecuteInstruction")
         except ConfigError:
-            node.get_logger().info(f"{EXECUTE} is not served: vla_interfaces is not built, see docs/ros2.md")
+            node.get_logger().info(
+                f"{EXECUTE} is not served: vla_interfaces is not built, see docs/how-to/on-your-robot.md"
+            )
             return None
         return cls(node, action, tell, group)
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ros_nodes.bag import Bag
-from ros_nodes.messages import CompressedImage, Image, Message, Status, Text, Trajectory, decode
+from ros_nodes.messages import CompressedImage, Image, JointState, Message, Status, Text, Trajectory, decode
 from ros_nodes.node import CHUNK, HEARTBEAT, REQUEST, Effects, Job, Now, Send
 from ros_nodes.policy_node import PolicyCore
 from ros_nodes.request import ChunkId, Request
@@ -31,6 +31,7 @@ from vla.errors import DataError, TransportError, explain
 from vla.runtime.scheduler import request_seed
 from vla.types import NS_PER_S
 
+_STAMPS_KEPT = 1000  # per topic, of what was given
 FACTS = ("bundle", "parts", "torch")  # of the heartbeat's values: what decides a chunk, beside its inputs
 
 
@@ -103,12 +104,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Answer:
-    """A recorded request and the chunk that answered it. number: of the chunk. asked_ns, begin_ns, log_ns: when it was
-    asked for, when its inference must have begun, and when it came."""
+    """A recorded request and the chunk that answered it. asked_ns, begin_ns, log_ns: when it was asked for, when its
+    inference must have begun, and when it came."""
 
     request: Request
     chunk: Trajectory
-    number: int
+    identity: ChunkId
     asked_ns: int
     begin_ns: int
     log_ns: int
@@ -131,7 +132,7 @@ def answers(bag: Bag) -> tuple[list[Answer], int]:
                 said = asked.get((identity.episode, identity.request))
                 if said is not None:
                     begin_ns = log_ns - identity.infer_us * 1000
-                    found.append(Answer(said[1], message, identity.number, said[0], begin_ns, log_ns))
+                    found.append(Answer(said[1], message, identity, said[0], begin_ns, log_ns))
         except TransportError:  # hostile bytes were recorded as well; the policy did not act on them either
             continue
     return found, max(0, total - len(found))
@@ -140,9 +141,9 @@ def answers(bag: Bag) -> tuple[list[Answer], int]:
 class _Feed:
     """Gives a policy core the recorded messages, each once and in their order.
 
-    The first camera's frames decide which observation a request is answered with; those that are newer than the one
-    that the recorded chunk names wait for the next request. Pictures that were recorded compressed are handed on as
-    pictures. Raises DataError when a topic that the core hears is not in the recording.
+    A chunk names the messages that its observation was made of (its stamp, and ChunkId.offsets_ns). Those that the core
+    would prefer to them had not reached the policy yet: they wait until the request is answered. Pictures that were
+    recorded compressed are handed on as pictures. Raises DataError when a topic that the core hears is not there.
     """
 
     def __init__(self, bag: Bag, core: PolicyCore):
@@ -163,12 +164,13 @@ class _Feed:
             if endpoint.type_name in (Image.type_name, CompressedImage.type_name):
                 pictures.append(topic)
         self.compressed = [topic for topic, known in self._topics.items() if topic != known]
-        self._lead = pictures[0]
+        state = next(e.topic for e in core.subscriptions if e.type_name == JointState.type_name)
+        self._sources = (pictures[0], state, *pictures[1:])  # in the order of stamp and offsets
         self._messages = self._decoded()
         self._ahead: deque[tuple[str, int, Message]] = deque()  # given next
         self._held: list[tuple[str, int, Message]] = []  # too new for the request that is being answered
         self._chunks: list[Trajectory] = []
-        self.lead_ns = -1  # stamp of the newest frame that was given
+        self._given: dict[str, deque[int]] = {topic: deque(maxlen=_STAMPS_KEPT) for topic in self._sources}
         self.now_ns = 0
 
     def _decoded(self) -> Iterator[tuple[str, int, Message]]:
@@ -181,8 +183,14 @@ class _Feed:
                 continue
             yield self._topics[topic], log_ns, message
 
-    def until(self, log_ns: int, newest_ns: int, enough: Callable[[], bool] = lambda: False) -> None:
-        """Give what was received up to log_ns, or until it is enough. Frames stamped after newest_ns wait."""
+    def chosen(self, answer: Answer) -> dict[str, int]:
+        """{topic: stamp} of the messages that the recorded observation was made of, as far as it is known."""
+        stamp_ns = answer.chunk.stamp_ns
+        offsets = (0, *answer.identity.offsets_ns)
+        return dict(zip(self._sources, (stamp_ns + offset for offset in offsets)))
+
+    def until(self, log_ns: int, chosen: Mapping[str, int], enough: Callable[[], bool] = lambda: False) -> None:
+        """Give what was received up to log_ns, or until it is enough; what would be preferred to `chosen` waits."""
         self._ahead.extendleft(reversed(self._held))
         self._held = []
         while self._ahead or self._fetch():
@@ -190,21 +198,34 @@ class _Feed:
             if at_ns > log_ns:
                 self._ahead.appendleft((topic, at_ns, message))
                 return
-            if topic == self._lead and isinstance(message, (Image, CompressedImage)):
-                if message.stamp_ns > newest_ns:
+            if topic in self._given and isinstance(message, (Image, CompressedImage, JointState)):
+                if self._preferred(topic, message.stamp_ns, chosen):
                     self._held.append((topic, at_ns, message))
                     continue
-                self.lead_ns = max(self.lead_ns, message.stamp_ns)
+                self._given[topic].append(message.stamp_ns)
             self.now_ns = max(self.now_ns, at_ns)
             self.perform(self._core.on_message(topic, message, self._now()))
             if enough():
                 return
 
-    def reach(self, log_ns: int, stamp_ns: int) -> bool:
-        """Give messages until the first camera's frame of stamp_ns is among them; whether it is."""
-        if self.lead_ns < stamp_ns:
-            self.until(log_ns, stamp_ns, lambda: self.lead_ns >= stamp_ns)
-        return self.lead_ns == stamp_ns
+    def _preferred(self, topic: str, stamp_ns: int, chosen: Mapping[str, int]) -> bool:
+        """The newest frame of the first camera decides; of the others, those that are nearest to it."""
+        if topic not in chosen:
+            return False
+        if topic == self._sources[0]:
+            return stamp_ns > chosen[topic]
+        lead_ns = chosen[self._sources[0]]
+        return stamp_ns != chosen[topic] and abs(stamp_ns - lead_ns) <= abs(chosen[topic] - lead_ns)
+
+    def reach(self, log_ns: int, chosen: Mapping[str, int]) -> list[str]:
+        """Give messages until all of `chosen` are among them; those that never come."""
+
+        def absent() -> list[str]:
+            return [topic for topic, stamp_ns in chosen.items() if stamp_ns not in self._given[topic]]
+
+        if absent():
+            self.until(log_ns, chosen, lambda: not absent())
+        return absent()
 
     def _fetch(self) -> bool:
         item = next(self._messages, None)
@@ -268,19 +289,20 @@ def replay_requests(
                          "not in the recording, or was not replayed")  # fmt: skip
         if seed is not None:
             request = replace(request, seed=seed, infer_seed=request_seed(seed, request.number))
-        stamp_ns = answer.chunk.stamp_ns
-        feed.until(answer.begin_ns, stamp_ns)
-        there = feed.reach(answer.log_ns, stamp_ns)
+        chosen = feed.chosen(answer)
+        feed.until(answer.begin_ns, chosen)
+        absent = feed.reach(answer.log_ns, chosen)
         feed.now_ns = max(feed.now_ns, answer.begin_ns)
-        if there:
+        chunk = None
+        if not absent:
             feed.ask(replace(request, previous=numbers.get(request.previous, -1)))
             if not feed.answered():
-                feed.until(answer.log_ns, stamp_ns, feed.answered)
-        chunk = feed.taken()
-        if chunk is None or chunk.stamp_ns != stamp_ns:
-            outcome.missing.append(_unanswered(answer, core, feed, stamp_ns))
+                feed.until(answer.log_ns, chosen, feed.answered)
+            chunk = feed.taken()
+        if chunk is None or not _same_observation(chunk, answer):
+            outcome.missing.append(_unanswered(answer, core, feed, absent))
             continue
-        numbers[answer.number] = ChunkId.read(chunk.frame_id).number
+        numbers[answer.identity.number] = ChunkId.read(chunk.frame_id).number
         rows.append((answer, chunk.positions.astype(np.float32)))
         _compare(outcome, answer, len(rows) - 1, rows[-1][1], robot)
     if on_progress:
@@ -289,8 +311,15 @@ def replay_requests(
     outcome.causes = causes(bag, facts or {}, outcome)
     if seed is not None and any(answer.request.seed != seed for answer in found):
         outcome.causes.insert(0, f"seed: recorded {found[0].request.seed}, replayed {seed}")
+    if outcome.different and not all(answer.identity.offsets_ns for answer in found):
+        outcome.causes.append("the chunks do not say which joint states they came from, so perhaps others")
     if outcome.different and early:
         outcome.causes.append(early[0])
+    if outcome.different and not outcome.causes and not outcome.missing:
+        largest = max(error["max"] for error in outcome.errors().values())
+        outcome.causes.append(
+            f"numerical: the same bundle, parts and inputs, {largest:.3g} at most (another CPU or library?)"
+        )
     if feed.compressed:
         outcome.notes.append(f"recorded compressed, so perhaps not what the policy saw: {', '.join(feed.compressed)}")
     if unanswered:
@@ -300,16 +329,21 @@ def replay_requests(
     return outcome
 
 
-def _unanswered(answer: Answer, core: PolicyCore, feed: _Feed, stamp_ns: int) -> str:
+def _same_observation(chunk: Trajectory, answer: Answer) -> bool:
+    offsets = answer.identity.offsets_ns
+    return chunk.stamp_ns == answer.chunk.stamp_ns and offsets in ((), ChunkId.read(chunk.frame_id).offsets_ns)
+
+
+def _unanswered(answer: Answer, core: PolicyCore, feed: _Feed, absent: Sequence[str]) -> str:
     """Why the policy gave no chunk; what it still waits for is forgotten."""
     request = answer.request
-    why = core.status().message
-    if feed.lead_ns != stamp_ns:
-        why = f"no picture of the first camera stamped {stamp_ns}"
-    elif why == "ready":
-        why = f"no other picture or no joint state beside the one stamped {stamp_ns}"
-    feed.ask(replace(request, start_ns=2**62))
-    return f"request {request.number} of episode {request.episode}: observation missing: {why}"
+    stamps = feed.chosen(answer)
+    why = "observation missing: " + ", ".join(f"{topic} stamped {stamps[topic]}" for topic in absent)
+    if not absent:
+        said = core.status().message
+        why = f"observation missing: it cannot be put together as it was ({said})"
+        feed.ask(replace(request, start_ns=2**62))
+    return f"request {request.number} of episode {request.episode}: {why}"
 
 
 def _compare(outcome: Outcome, answer: Answer, place: int, replayed: np.ndarray, robot: Embodiment) -> None:
@@ -377,7 +411,7 @@ def recorded_facts(bag: Bag) -> dict[str, str]:
 
 
 def causes(bag: Bag, facts: Mapping[str, str], outcome: Outcome) -> list[str]:
-    """What is unlike the recorded run, in words; when nothing is, and actions differ, that it is numerical."""
+    """What is unlike the recorded run, in words."""
     theirs = recorded_facts(bag)
     out = []
     for key in FACTS:
@@ -386,9 +420,6 @@ def causes(bag: Bag, facts: Mapping[str, str], outcome: Outcome) -> list[str]:
     unknown = [key for key in FACTS if key not in theirs and key in facts]
     if unknown and outcome.different:
         out.append(f"not recorded, so perhaps another: {', '.join(unknown)}")
-    if outcome.different and not out and outcome.way == "requests" and not outcome.missing:
-        largest = max((error["max"] for error in outcome.errors().values()), default=0.0)
-        out.append(f"numerical: the same bundle, parts and inputs, {largest:.3g} at most (another CPU or library?)")
     return out
 
 
