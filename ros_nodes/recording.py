@@ -11,6 +11,7 @@ none, and for these the time of reception counts. `clock` says how the two meet:
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -289,7 +290,7 @@ class Recording:
 
     # ---- pictures ----
     def frames(self, camera: str, places: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """uint8[H, W, 3] at the embodiment's size for each of `places` (ascending, of Track.stamps; repeats are cheap).
+        """uint8[H, W, 3] at the embodiment's size for each of `places` (of Track.stamps; ascending ones are cheap).
 
         Raises DataError for a picture that cannot be decoded.
         """
@@ -303,16 +304,18 @@ class Recording:
         ordered = not self.bag.incomplete
         start, stop = (int(track.log_ns[first]), int(track.log_ns[last]) + 1) if ordered else (None, None)
         number = int(np.searchsorted(track.log_ns, track.log_ns[first], side="left")) if ordered else 0
-        needed, ready, turn = set(wanted.tolist()), {}, 0
+        uses, ready, turn = Counter(wanted.tolist()), dict[int, np.ndarray](), 0
         for _, _, data in self.bag.messages([track.topic], start, stop):
-            if number in needed:
+            if uses[number]:
                 ready[number] = self._picture(track, data)
             number += 1
             while turn < len(wanted) and int(wanted[turn]) in ready:
-                yield ready[int(wanted[turn])]
+                place = int(wanted[turn])
+                yield ready[place]
                 turn += 1
-                if turn == len(wanted) or wanted[turn] != wanted[turn - 1]:
-                    del ready[int(wanted[turn - 1])]
+                uses[place] -= 1
+                if not uses[place]:
+                    del ready[place]
         if turn < len(wanted):
             raise DataError(explain(track.topic, f"{len(wanted)} pictures", turn, "The recording changed; try again."))
 

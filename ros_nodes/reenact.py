@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ros_nodes.bag import Bag
-from ros_nodes.episodes import Body, Skip, Span, samples, spans
+from ros_nodes.episodes import Body, Samples, Skip, Span, samples, spans
 from ros_nodes.pictures import decompress
 from ros_nodes.recording import Recording
 from ros_nodes.replay import Answer, Outcome, answers, difference
@@ -93,7 +93,7 @@ def reels_of_bag(bag: Bag, robot: Embodiment, clock: str = "stamps", resize: boo
         asked = [(a.chunk.stamp_ns, a.request.committed) for a in mine]
         chunks = tuple(a.chunk.positions.astype(np.float32) for a in mine)
         delays = tuple(Delay(max(0, a.log_ns - a.asked_ns)) for a in mine)
-        frames = made.frames
+        frames = _as_observed(made, mine, recording, body)
 
         def pictures(frames: Mapping[str, np.ndarray] = frames) -> Iterator[dict[str, np.ndarray]]:
             streams = {name: recording.frames(name, places) for name, places in frames.items()}
@@ -107,6 +107,34 @@ def reels_of_bag(bag: Bag, robot: Embodiment, clock: str = "stamps", resize: boo
                  pictures, asked, delays, chunks)
         )  # fmt: skip
     return reels, left
+
+
+def _as_observed(made: Samples, mine: Sequence[Answer], recording: Recording, body: Body) -> dict[str, np.ndarray]:
+    """The frames of the samples; where a chunk says which messages its observation was made of (ChunkId.offsets_ns),
+    those, and their joint states in made.state: not interpolated, as the policy had them."""
+    frames = {name: places.copy() for name, places in made.frames.items()}
+    for answer in mine:
+        stamp_ns, offsets = answer.chunk.stamp_ns, answer.identity.offsets_ns
+        k = int(np.searchsorted(made.times, stamp_ns))
+        if len(offsets) != len(frames) or k >= len(made.times) or made.times[k] != stamp_ns:
+            continue
+        joints = _place(recording.joints.stamps, stamp_ns + offsets[0])
+        places = [
+            _place(recording.tracks[name].stamps, stamp_ns + offset) for name, offset in zip(frames, (0, *offsets[1:]))
+        ]
+        if joints < 0 or min(places) < 0:
+            continue
+        values = recording.joints.values[joints]
+        made.state[k] = values if body.state is None else body.state(values)
+        for name, place in zip(frames, places):
+            frames[name][k] = place
+    return frames
+
+
+def _place(stamps: np.ndarray, stamp_ns: int) -> int:
+    """Where the ascending stamps have exactly this one, -1 where they do not."""
+    place = int(np.searchsorted(stamps, stamp_ns))
+    return place if place < len(stamps) and stamps[place] == stamp_ns else -1
 
 
 def _asked_spans(found: Sequence[Answer], recording: Recording) -> list[Span | Skip]:
