@@ -133,6 +133,10 @@ def samples(
         uncommanded = from_first_command and complete_ns is None
         return skip(_missing(recording, span, uncommanded, bool(instruction or said)))
     times = resample.sample_times(first_ns, span.stop_ns, rules)
+    # The recorder stopped between two joint states: a sample after the last one ends the episode, and is no hole.
+    newest_ns = int(recording.joints.stamps[-1])
+    if span.stop_ns - newest_ns <= rules.gap_ns:
+        times = times[times <= newest_ns]
     if not len(times):
         return skip(f"shorter than one period: {_seconds(span.stop_ns - first_ns)} after everything was there")
 

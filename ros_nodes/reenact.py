@@ -246,13 +246,13 @@ class Arm:
 
 @dataclass
 class _Recorded:
-    """The recorded chunks as a policy: what the loop did with them, action by action. strayed: they were not asked for
-    as they had been."""
+    """The recorded chunks as a policy: what the loop did with them, action by action. strayed: how they were not asked
+    for as they had been, "" when they were."""
 
     embodiment: Embodiment
     reel: Reel
     count: int = 0
-    strayed: bool = False
+    strayed: str = ""
 
     @property
     def horizon(self) -> int:
@@ -263,8 +263,10 @@ class _Recorded:
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         place = min(self.count, len(self.reel.chunks) - 1)
-        half_ns = round(self.embodiment.period_s * NS_PER_S) // 2
-        self.strayed |= abs(observations[0].stamp_ns - self.reel.asked[place][0]) > half_ns
+        stamps = (self.reel.asked[place][0], observations[0].stamp_ns)
+        if not self.strayed and abs(stamps[1] - stamps[0]) > round(self.embodiment.period_s * NS_PER_S) // 2:
+            seen = [f"{(stamp - int(self.reel.times[0])) / NS_PER_S:.3f} s" for stamp in stamps]
+            self.strayed = f"chunk {self.count} was asked for at {seen[0]}, this loop asks at {seen[1]}"
         self.count += 1
         chunk = ActionChunk(self.reel.chunks[place], contexts[0].start_ns, self.embodiment.period_s)
         return [InferResult(chunk)]
@@ -316,17 +318,15 @@ def reenact(
         if on_progress:
             on_progress(done, len(reels))
         episode_seed = reel.seed if seed is None else seed
-        target, exact = reel.actions, False
+        target, exact, schedule = reel.actions, False, ""
         if reel.chunks:
             source = _Recorded(robot, reel)
             rows = _run(reel, source, scheduler(), _delays(reel, None, 0), reel.seed)
             exact = not source.strayed
             target = rows if exact else target
         if not exact and reel.chunks:
-            outcome.notes.append(
-                f"episode {reel.number}: this schedule does not ask when the recorded one did, so the commands are "
-                "compared (give the --execute and --lead of the recording)"
-            )
+            schedule = f"schedule: {source.strayed} (a stop, a late chunk, or another --execute and --lead)"
+            outcome.notes.append(f"episode {reel.number}: compared with the commands, because of the {schedule}")
         witness, took = _Witness(policy), _delays(reel, delays, episode_seed)
         rows = _run(reel, witness, scheduler(), took, episode_seed)
         if (
@@ -334,7 +334,10 @@ def reenact(
         ):  # the loop clips it, so the commands show no more
             rows[:, robot.grippers] = np.clip(rows[:, robot.grippers], -1, 1)
         allowed = tolerance if tolerance is not None else 0.0 if exact else COMMAND_TOLERANCE
-        _compare(outcome, robot, reel, target, rows, allowed, witness.asked, took)
+        differs = _compare(outcome, robot, reel, target, rows, allowed)
+        if differs is not None:
+            seen = [item for item in witness.asked if item[0] <= differs]
+            outcome.causes += [schedule] if schedule else _why(reel, seen, robot, took)
         times.append(reel.times)
         recorded.append(target)
         replayed.append(rows)
@@ -382,10 +385,9 @@ def _compare(
     target: np.ndarray,
     rows: np.ndarray,
     tolerance: float,
-    asked: Sequence[tuple[int, np.ndarray | None]],
-    took: Callable[[int], Delay] | None,
-) -> None:
-    """Samples from the first action of the replay on: before it, the arm waits for its first chunk."""
+) -> int | None:
+    """Samples from the first action of the replay on: before it, the arm waits for its first chunk. Returns the time of
+    the outcome's first difference, if it is in this reel."""
     mine, theirs = np.isfinite(rows).all(axis=1), np.isfinite(target).all(axis=1)
     begun = np.cumsum(mine) > 0
     gap = np.abs(rows.astype(np.float64) - target)
@@ -394,10 +396,11 @@ def _compare(
     outcome.different += int(unequal.sum())
     if not np.any(mine):
         outcome.missing.append(f"episode {reel.number}: no action became due in {len(rows)} periods")
-    if np.any(unequal) and outcome.first is None:
-        k = int(np.flatnonzero(unequal)[0])
-        outcome.first = difference(robot, reel.number, -1, k, int(reel.times[k]), target[k], rows[k])
-        outcome.causes += _why(reel, [item for item in asked if item[0] <= reel.times[k]], robot, took)
+    if not np.any(unequal) or outcome.first is not None:
+        return None
+    k = int(np.flatnonzero(unequal)[0])
+    outcome.first = difference(robot, reel.number, -1, k, int(reel.times[k]), target[k], rows[k])
+    return int(reel.times[k])
 
 
 def _why(
@@ -419,7 +422,7 @@ def _why(
         lasted = reel.delays[number].total_ns, took(number).total_ns if took else 0
         if -(-lasted[0] // period_ns) != -(-lasted[1] // period_ns):
             return [f"{chunk} took {lasted[0] / 1e6:.1f} ms, now {lasted[1] / 1e6:.1f} ms"]
-    return []
+    return ["policy: it was asked the same, and answered otherwise"]
 
 
 def _alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -84,7 +84,7 @@ ENTRIES = (
     Entry("jacobi distilled", "jacobi", ("head=distilled", "agreement=0.9"), _DISTILLED),
     Entry("jacobi distilled, whole block", "jacobi", ("head=distilled", "window=112"), _DISTILLED),
     Entry("jacobi distilled, warm", "jacobi", ("head=distilled", "warm=true", "agreement=0.9"), _DISTILLED),
-    *(Entry(f"capped distilled, {n} passes", "capped", _capped(n), _DISTILLED) for n in (1, 2, 4, 8)),
+    *(Entry(f"capped distilled, {n} passes", "capped", _capped(n), _DISTILLED) for n in (1, 2, 4, 8, 12)),
     *(Entry(f"capped distilled, {n} per 16", "capped", _capped(n, 16), _DISTILLED) for n in (1, 2, 4)),
     Entry("capped distilled, 1 per 16, warm", "capped", _capped(1, 16, "warm=true"), _DISTILLED),
     Entry("capped distilled, 2 per 16, pruned", "capped", _capped(2, 16), _DISTILLED, "flashvla"),

@@ -64,7 +64,9 @@ def test_a_rotation_vector_never_passes_through_rotations_that_never_were() -> N
     found = resample.states("state", stamps, values, TIMES, RULES, rotation=rotation)
     assert set(found[:, 0].tolist()) == {3.1, -3.1}
     values[1] = [3.0, 0.0, 0.1]
-    assert resample.states("state", stamps, values, TIMES, RULES, rotation=rotation)[1] == pytest.approx([3.05, 0, 0.05])
+    assert resample.states("state", stamps, values, TIMES, RULES, rotation=rotation)[1] == pytest.approx(
+        [3.05, 0, 0.05]
+    )
 
 
 def test_a_command_is_in_force_until_the_next_one() -> None:

@@ -58,8 +58,10 @@ def test_a_data_set_holds_what_was_published(tmp_path: Path) -> None:
     assert (report.episodes, report.frames, report.skipped, report.notes) == (1, 19, [], [])
     data = made(tmp_path / "data")
     check(data)
-    assert data.fps == 20 and data.tasks == ("push the cube",) and data.cameras == tuple(
-        camera.name for camera in ROBOT.cameras
+    assert (
+        data.fps == 20
+        and data.tasks == ("push the cube",)
+        and data.cameras == tuple(camera.name for camera in ROBOT.cameras)
     )
     assert data.embodiment() == ROBOT and not list(tmp_path.glob("*.work"))
     (kept,) = data.collection()["episodes"]
@@ -84,6 +86,14 @@ def test_joint_states_between_samples_are_interpolated(tmp_path: Path) -> None:
     expected = np.stack([position(t) for t in times])
     state = data.column("observation.state")
     assert np.allclose(state[:, :2], expected[:, :2], atol=1e-6) and set(state[:, 2].tolist()) == {0.0, 1.0}
+
+
+def test_an_episode_ends_with_its_last_joint_state(tmp_path: Path) -> None:
+    """At 15 Hz the last joint state comes before the last sample, as the recorder stops: that is no hole."""
+    path = episode(tmp_path / "bags", joints_ms=66)
+    report = convert([path], ROBOT, tmp_path / "data")
+    last = (20 * 50 - 1) // 66 * 66
+    assert report.frames == last // 50 and not report.skipped
 
 
 def test_one_lost_frame_is_noted_and_more_end_the_episode(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ros_nodes.request import ChunkId
 from ros_nodes.sim_node import SimCore
 from sim.environment import make
 from vla.cli.main import main
+from vla.errors import TransportError
 from vla.resources import load_embodiment, pretrained_names
 from vla.runtime.trace import Trace
 
@@ -190,7 +191,8 @@ def test_own_schedule_with_the_recorded_latencies_repeats_the_motion(run: dict[s
     assert outcome["way"] == "schedule" and outcome["compared"] > 15
     assert code == 0 and outcome["same"] and {error["max"] for error in outcome["errors"].values()} == {0.0}, outcome
     code, other = replay(capsys, run["bag"], "--decoder", "jacobi", "--own-schedule", "--execute", "6")
-    assert code == 1 and "give the --execute and --lead of the recording" in other["notes"][0]
+    assert code == 1 and "or another --execute and --lead" in other["notes"][0]
+    assert other["causes"] == [other["notes"][0].split("because of the ")[1]]
 
 
 def test_other_latencies_are_the_reason_for_other_actions(run: dict[str, Any], capsys: Any, tmp_path: Path) -> None:
@@ -250,3 +252,11 @@ def test_names_and_files_that_do_not_fit(run: dict[str, Any], capsys: Any, tmp_p
         assert main(["replay", str(run["bag"]), "--policy", "tabletop", *words]) == 2
     assert main(["replay", str(tmp_path / "absent"), "--policy", "tabletop"]) == 2
     assert "rosbag2 recording" in capsys.readouterr().err
+
+
+def test_a_chunk_says_which_messages_it_came_from() -> None:
+    identity = ChunkId(1, 2, 3, 4, 5, 6, (-20 * MS, 0))
+    assert ChunkId.read(identity.text()) == identity and ChunkId.read("v1/1/2/3/4/5/6").offsets_ns == ()
+    for text in ("v1/1/2/3/4/5/6/", "v1/1/2/3/4/5/6/1,x", "v1/1/2/3/4/5/6/1/2"):
+        with pytest.raises(TransportError):
+            ChunkId.read(text)
