@@ -20,9 +20,9 @@ from ros_nodes.bag import Bag
 from ros_nodes.episodes import Body, Samples, Skip, Span, samples, spans
 from ros_nodes.pictures import decompress
 from ros_nodes.recording import Recording
-from ros_nodes.replay import Answer, Outcome, answers, difference
+from ros_nodes.replay import ANSWERED_OTHERWISE, Answer, Outcome, answers, difference
 from vla.data import resample
-from vla.data.resample import Gap, Rules
+from vla.data.resample import NEVER, Gap, Rules
 from vla.embodiment import Embodiment
 from vla.errors import DataError, explain
 from vla.policy import InferContext, InferResult, Policy
@@ -247,12 +247,13 @@ class Arm:
 @dataclass
 class _Recorded:
     """The recorded chunks as a policy: what the loop did with them, action by action. strayed: how they were not asked
-    for as they had been, "" when they were."""
+    for as they had been, "" when they were. ended_ns: when it asked for more than there were: the run was over."""
 
     embodiment: Embodiment
     reel: Reel
     count: int = 0
     strayed: str = ""
+    ended_ns: int | None = None
 
     @property
     def horizon(self) -> int:
@@ -263,8 +264,14 @@ class _Recorded:
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         place = min(self.count, len(self.reel.chunks) - 1)
+        if self.count > place and self.ended_ns is None:
+            self.ended_ns = observations[0].stamp_ns
         stamps = (self.reel.asked[place][0], observations[0].stamp_ns)
-        if not self.strayed and abs(stamps[1] - stamps[0]) > round(self.embodiment.period_s * NS_PER_S) // 2:
+        if (
+            not self.strayed
+            and self.ended_ns is None
+            and abs(stamps[1] - stamps[0]) > round(self.embodiment.period_s * NS_PER_S) // 2
+        ):
             seen = [f"{(stamp - int(self.reel.times[0])) / NS_PER_S:.3f} s" for stamp in stamps]
             self.strayed = f"chunk {self.count} was asked for at {seen[0]}, this loop asks at {seen[1]}"
         self.count += 1
@@ -318,11 +325,12 @@ def reenact(
         if on_progress:
             on_progress(done, len(reels))
         episode_seed = reel.seed if seed is None else seed
-        target, exact, schedule = reel.actions, False, ""
+        target, exact, schedule, over = reel.actions, False, "", np.zeros(len(reel.times), bool)
         if reel.chunks:
             source = _Recorded(robot, reel)
             rows = _run(reel, source, scheduler(), _delays(reel, None, 0), reel.seed)
             exact = not source.strayed
+            over = reel.times >= (source.ended_ns or NEVER)
             target = rows if exact else target
         if not exact and reel.chunks:
             schedule = f"schedule: {source.strayed} (a stop, a late chunk, or another --execute and --lead)"
@@ -333,6 +341,7 @@ def reenact(
             not (exact or reel.said) and robot.action_space == "ee_delta"
         ):  # the loop clips it, so the commands show no more
             rows[:, robot.grippers] = np.clip(rows[:, robot.grippers], -1, 1)
+        target, rows = (np.where(over[:, None], np.float32(np.nan), side) for side in (target, rows))
         allowed = tolerance if tolerance is not None else 0.0 if exact else COMMAND_TOLERANCE
         differs = _compare(outcome, robot, reel, target, rows, allowed)
         if differs is not None:
@@ -422,7 +431,7 @@ def _why(
         lasted = reel.delays[number].total_ns, took(number).total_ns if took else 0
         if -(-lasted[0] // period_ns) != -(-lasted[1] // period_ns):
             return [f"{chunk} took {lasted[0] / 1e6:.1f} ms, now {lasted[1] / 1e6:.1f} ms"]
-    return ["policy: it was asked the same, and answered otherwise"]
+    return [ANSWERED_OTHERWISE]
 
 
 def _alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -31,6 +31,7 @@ from vla.errors import DataError, TransportError, explain
 from vla.runtime.scheduler import request_seed
 from vla.types import NS_PER_S
 
+ANSWERED_OTHERWISE = "policy: it was asked the same, and answered otherwise"
 _STAMPS_KEPT = 1000  # per topic, of what was given
 FACTS = ("bundle", "parts", "torch")  # of the heartbeat's values: what decides a chunk, beside its inputs
 
@@ -428,4 +429,13 @@ def _unlike(key: str, recorded: str, replayed: str) -> str:
         return f"{key}: recorded {recorded}, replayed {replayed}"
     theirs, mine = json.loads(recorded), json.loads(replayed)
     changed = [group for group in {**theirs, **mine} if theirs.get(group) != mine.get(group)]
-    return "; ".join(f"{group}: recorded {theirs.get(group)}, replayed {mine.get(group)}" for group in sorted(changed))
+    words = [f"{group}: recorded {_say(theirs.get(group))}, replayed {_say(mine.get(group))}" for group in changed]
+    return "; ".join(words)
+
+
+def _say(part: Mapping[str, Any] | None) -> str:
+    """A config as the call that it makes; `none chosen` for a part that was left at its default."""
+    if part is None:
+        return "none chosen"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "_target_")
+    return f"{str(part.get('_target_', '')).rpartition('.')[2]}({arguments})"

@@ -23,7 +23,7 @@ from ros_nodes.recording import Recording
 from vla.cli.main import main
 from vla.data.lerobot import LeRobotDataset
 from vla.embodiment import Embodiment, Output
-from vla.errors import ConfigError, DataError
+from vla.errors import ConfigError, DataError, TransportError
 from vla.types import ControlMode
 
 PIXEL = 6  # what the video codec may change
@@ -75,6 +75,25 @@ def test_compressed_pictures_and_joints_in_another_order(tmp_path: Path) -> None
     path = episode(tmp_path / "bags", compressed=True, names=names)
     convert([path], ROBOT, tmp_path / "data")
     check(made(tmp_path / "data"))
+
+
+def test_a_picture_that_cannot_be_decoded_costs_its_episode(tmp_path: Path) -> None:
+    take = Take(tmp_path / "bags", compressed=True)
+    take.say("go", T0 - 2 * MS)
+    for begin in (0, 6):
+        take.mark("start", T0 + begin * PERIOD - MS)
+        scene(take, 5, T0 + begin * PERIOD)
+        if begin:
+            at = T0 + 8 * PERIOD
+            broken = m.CompressedImage(at, "c", "jpeg", b"\xff\xd8 cut short")
+            take.give(f"{ROBOT.cameras[0].topic}/compressed", broken, at + 2 * MS)
+        take.mark("stop", T0 + (begin + 5) * PERIOD)
+    report = convert(take.finish(), ROBOT, tmp_path / "data")
+    assert report.episodes == 1 and report.frames == 4
+    assert "episode 1: /camera/front/image_raw/compressed: compressed image: expected a whole jpeg" in reasons(report)
+    for kind, data in (("16UC1; compressedDepth png", b""), ("tiff", b""), ("png", bytes(99))):
+        with pytest.raises(TransportError):
+            m.CompressedImage(0, "c", kind, data).rgb()
 
 
 def test_joint_states_between_samples_are_interpolated(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ros_nodes import messages as m
 from ros_nodes import recorder_node
 from ros_nodes.bag import Bag, BagWriter
 from ros_nodes.graph import free_domain
-from ros_nodes.node import JOINT_STATES, RECORD, RECORD_STATUS, SENSOR, Endpoint
+from ros_nodes.node import INSTRUCTION, JOINT_STATES, RECORD, RECORD_STATUS, SENSOR, Endpoint
 from ros_nodes.recorder_node import RecorderCore, parse_topic, read_mark, robot_topics
 from ros_nodes.wire import Participant
 from vla.errors import ConfigError, DataError, TransportError
@@ -291,3 +291,21 @@ def test_the_process_ends_by_signal(tmp_path: Path, number: signal.Signals) -> N
         else:
             assert path.name.endswith(".incomplete") and bag.incomplete
             assert values == list(range(len(values))) and len(values) > 80  # the last chunk is lost, no more
+
+
+def test_marks_are_said_from_the_command_line(capsys: Any) -> None:
+    from vla.cli.main import main
+
+    domain, heard = free_domain(), []
+    words = ["record", "--say", "start", "--domain", str(domain)]
+    assert main([*words[:2], "begin", *words[3:]]) == 2 and "'begin' is unknown" in capsys.readouterr().err
+    assert main(["record"]) == 2 and "--robot" in capsys.readouterr().err
+    with Participant("listener", domain=domain) as listener:
+        for endpoint in (RECORD, INSTRUCTION):
+            listener.subscribe(
+                endpoint.topic, endpoint.type_name, endpoint.quality,
+                lambda data, _: heard.append(m.decode(m.Text.type_name, data).data),
+            )  # fmt: skip
+        listener.start()
+        assert main([*words, "--instruction", "fold the towel"]) == 0
+    assert heard == ["fold the towel", "start"]

@@ -53,7 +53,7 @@ def describe(path: Path) -> dict[str, Any]:
         "horizon": config.horizon,
         "heads": {
             head.name: head.kind
-            + (f", {content['action_tokenizers'][head.name]['kind']} of {head.vocab}" * bool(head.vocab))
+            + (f", {content['action_tokenizers'][head.name]['kind']} of {head.vocab}" if head.vocab else "")
             for head in config.heads
         },
         "observation_offsets": list(bundle.observation_offsets),

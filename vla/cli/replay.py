@@ -76,7 +76,7 @@ def replay(args: argparse.Namespace, progress: Callable[[int, int], None] | None
     """What the arguments of `add_arguments` ask for."""
     from ros_nodes.bag import Bag
     from ros_nodes.policies import facts_of
-    from ros_nodes.replay import causes, replay_requests
+    from ros_nodes.replay import ANSWERED_OTHERWISE, causes, replay_requests
 
     own = args.own_schedule or args.latency is not None
     trace = _trace(args.recording)
@@ -102,7 +102,9 @@ def replay(args: argparse.Namespace, progress: Callable[[int, int], None] | None
             raise DataError(explain(str(bag.path), "an episode to replay", "; ".join(left) or "none", "See --help."))
         outcome = _reenact(args, reels, policy, progress)
         outcome.missing += left
-        outcome.causes = causes(bag, facts, outcome) + outcome.causes if counts["/vla/chunk"] else outcome.causes
+        if counts["/vla/chunk"]:  # what is known of the recorded policy says more than that it answered otherwise
+            known = causes(bag, facts, outcome)
+            outcome.causes = known + [why for why in outcome.causes if not (known and why == ANSWERED_OTHERWISE)]
         return outcome
 
 

@@ -215,7 +215,20 @@ def detokenized(bundle: Bundle, head: str, out: DecodedTokens) -> Decoded:
 def drafts(given: DecodeInput, head: str) -> list[tuple[int, ...]]:
     """Each sample's previous chunk as tokens of `head`, shifted to now; () without one."""
     tokenizer = given.bundle.action_tokenizers[head]
-    return [() if left is None else tuple(tokenizer.encode(left)) for left in given.previous]
+    return [() if left is None else encoded_again(tokenizer, left) for left in given.previous]
+
+
+def encoded_again(tokenizer: ActionTokenizer, actions: np.ndarray) -> tuple[int, ...]:
+    """Tokens of normalised actions that came from tokens.
+
+    The last two bins decode to one value, which `encode` reads as the last but one. The last one is meant: it is where
+    every clipped value goes, so nearly all open grippers.
+    """
+    ids = tokenizer.encode(actions)
+    if isinstance(tokenizer, BinTokenizer):
+        last = tokenizer.vocab_size - 1
+        ids = [last if token == last - 1 else token for token in ids]
+    return tuple(ids)
 
 
 def find_head(bundle: Bundle, name: str, kind: str, tokenizer: str = "") -> str:

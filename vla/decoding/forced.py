@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, probabilities
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, encoded_again, probabilities
 from vla.models.suffix import TokenSuffix
 
 
@@ -34,7 +34,7 @@ class ForcedPrefixDecoder(TokenDecoder):
         return [
             Hint(seed)
             if context.committed is None or not len(context.committed)
-            else Hint(seed, tuple(tokenizer.encode(normalizer.normalize(context.committed[:horizon]))))
+            else Hint(seed, encoded_again(tokenizer, normalizer.normalize(context.committed[:horizon])))
             for seed, context in zip(given.seeds, given.contexts)
         ]
 

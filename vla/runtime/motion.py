@@ -124,7 +124,8 @@ def _jumps(changes: np.ndarray, chunks: np.ndarray) -> Jumps:
     sizes = changes.max(axis=1, initial=0.0)
     acted = np.flatnonzero(chunks >= 0)
     ends = np.append(acted[1:], len(sizes))  # an arm that stops for good has jumped, too
-    inside, between = [], []
+    inside: list[float] = []
+    between: list[float] = []
     for begin, end in zip(acted, ends):
         if begin < end:
             same = end == begin + 1 and chunks[end] == chunks[begin]
