@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.decoding.test_continuous import bundle_of
-from vla.checkpoints import bundle as bundles
 from vla.cli import doctor, main
 
 
@@ -29,16 +27,6 @@ def test_info_by_name_and_by_path(shipped: Path, capsys: pytest.CaptureFixture[s
         assert facts["hash"] == json.loads((shipped / "bundle.json").read_text())["hashes"]["content"]
     assert main.main(["info", "tiny"]) == 0
     assert "tabletop" in capsys.readouterr().out
-
-
-def test_info_names_every_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Heads without tokens have no tokenizer to name."""
-    bundle = bundle_of()
-    bundles.save(bundle, tmp_path / "several")
-    assert main.main(["info", str(tmp_path / "several"), "--json"]) == 0
-    heads = json.loads(capsys.readouterr().out)["heads"]
-    assert list(heads) == [head.name for head in bundle.config.heads]
-    assert "flow" in heads.values() and any("bins of" in text for text in heads.values())
 
 
 def test_info_offers_the_nearest_name(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:

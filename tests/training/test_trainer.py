@@ -10,6 +10,7 @@ import torch
 from tests.conftest import tiny_config
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
+from vla.cli import info
 from vla.errors import ConfigError, DataError, StatisticsError
 from vla.training import objectives
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
@@ -285,6 +286,8 @@ def test_heads_of_the_start_that_are_not_trained_stay(tiny_dataset, tiny_bundle,
     train(tiny_config(tiny_dataset, tmp_path, init=str(tiny_bundle), heads=heads, freeze=True))
     start, end = bundles.load(tiny_bundle), bundles.load(tmp_path / "bundle")
     assert [head.name for head in end.config.heads] == ["fast", "flow", "bins"]
+    told = info.describe(tmp_path / "bundle")["heads"]
+    assert told["flow"] == "flow" and told["bins"].startswith("tokens, bins of")
     assert sorted(end.action_tokenizers) == ["bins", "fast"]
     old, new = start.model, end.model
     assert torch.equal(old.heads["fast"].logits.weight, new.heads["fast"].logits.weight)
