@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from vla.cli import info
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
-from vla.cli import info
 from vla.errors import ConfigError, DataError, StatisticsError
 from vla.training import objectives
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
