@@ -26,12 +26,13 @@ class JacobiDecoder(TokenDecoder):
     """Exact greedy decoding in windows, causal mask.
 
     window: tokens per pass; 1 is greedy itself, 0 the length that pays most with the pass costs of this device, if a
-    guess behind right ones is right with probability `agreement`.
+    guess behind right ones is right with probability `agreement`. Long windows see more agreement than short ones, as
+    their guesses have been through more passes; the default is what makes the choice right, not what is measured.
     warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
     Notes: "window".
     """
 
-    def __init__(self, window: int = 0, warm: bool = False, agreement: float = 0.7, head: str = ""):
+    def __init__(self, window: int = 0, warm: bool = False, agreement: float = 0.85, head: str = ""):
         super().__init__(head)
         if window < 0:
             raise ConfigError(explain("decoder.window", "0 or more", window, "0 chooses it from the cost of passes."))
