@@ -20,9 +20,11 @@ COMMAND = (sys.executable, "-u", "-m", "vla.cli.main", "demo")
 
 
 def start(out: Path, *words: str) -> subprocess.Popen[str]:
+    """With Ctrl-C as in a terminal: what a shell runs in the background inherits SIGINT ignored."""
     return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [*COMMAND, "--out", str(out), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def test_interrupted_run_stops_its_processes_and_leaves_valid_results(tmp_path: Path) -> None:
