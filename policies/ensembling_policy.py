@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vla.decoding.chunks import Ensembling, ensembled
-from vla.embodiment import Embodiment
-from vla.policy import InferContext, InferResult, Policy
+from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
 from vla.types import Observation
 
 
@@ -23,7 +22,7 @@ class _Robot:
     instruction: str
 
 
-class EnsemblingPolicy:
+class EnsemblingPolicy(PolicyWrapper):
     """Temporal ensembling (ACT, Zhao et al. 2023) around `policy`: `ensembled` over the new chunk and what the earlier
     ones, as they were before any mean, say of its moments. Grippers are the newest chunk's.
 
@@ -38,20 +37,13 @@ class EnsemblingPolicy:
     """
 
     def __init__(self, policy: Policy, rule: Ensembling | None = None):
-        self.policy, self.rule = policy, rule or Ensembling()
+        super().__init__(policy)
+        self.rule = rule or Ensembling()
         self._robots: dict[int, _Robot] = {}
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self.policy.embodiment
-
-    @property
-    def horizon(self) -> int:
-        return self.policy.horizon
 
     def reset(self, seed: int) -> None:
         self._robots.clear()
-        self.policy.reset(seed)
+        super().reset(seed)
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         known = [self._known(*asked) for asked in enumerate(zip(observations, contexts))]

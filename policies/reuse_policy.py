@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla.decoding.reuse import Forward, ReuseMemory, ReuseRule
-from vla.embodiment import Embodiment
 from vla.errors import ConfigError, explain
-from vla.policy import DecodeReport, InferContext, InferResult, Policy
+from vla.policy import DecodeReport, InferContext, InferResult, Policy, PolicyWrapper
 from vla.types import ActionChunk, Observation
 
 
@@ -25,7 +24,7 @@ class _Robot:
     confidence: float
 
 
-class ReusePolicy:
+class ReusePolicy(PolicyWrapper):
     """`policy`, skipped where `rule` allows it (see vla.decoding.reuse). Reports of skipped steps say why (`reused`).
 
     A reused chunk is what is left of the chunk that is being executed, from the first action not executed when the
@@ -39,20 +38,13 @@ class ReusePolicy:
     """
 
     def __init__(self, policy: Policy, rule: ReuseRule | None = None):
-        self.policy, self.rule = policy, rule or ReuseRule()
+        super().__init__(policy)
+        self.rule = rule or ReuseRule()
         self._robots: dict[int, _Robot] = {}
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self.policy.embodiment
-
-    @property
-    def horizon(self) -> int:
-        return self.policy.horizon
 
     def reset(self, seed: int) -> None:
         self._robots.clear()
-        self.policy.reset(seed)
+        super().reset(seed)
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         """ConfigError when the inner policy reports no visual tokens; else as the inner policy."""

@@ -11,7 +11,7 @@ only every other one. What comes of it is close, and not bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from vla.data import resample
 from vla.data.resample import NEVER, Gap, Rules
 from vla.embodiment import Embodiment
 from vla.errors import DataError, explain
-from vla.policy import InferContext, InferResult, Policy
+from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
 from vla.runtime.loop import Delay, control_loop, run_episode
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.runtime.trace import Trace
@@ -279,27 +279,16 @@ class _Recorded:
         return [InferResult(chunk)]
 
 
-@dataclass
-class _Witness:
+class _Witness(PolicyWrapper):
     """A policy, and what it was asked."""
 
-    policy: Policy
-    asked: list[tuple[int, np.ndarray | None]] = field(default_factory=list)
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self.policy.embodiment
-
-    @property
-    def horizon(self) -> int:
-        return self.policy.horizon
-
-    def reset(self, seed: int) -> None:
-        self.policy.reset(seed)
+    def __init__(self, policy: Policy):
+        super().__init__(policy)
+        self.asked: list[tuple[int, np.ndarray | None]] = []
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         self.asked += [(o.stamp_ns, c.committed) for o, c in zip(observations, contexts)]
-        return self.policy.infer_batch(observations, contexts)
+        return super().infer_batch(observations, contexts)
 
 
 def reenact(

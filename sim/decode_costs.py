@@ -28,7 +28,7 @@ from vla.errors import DataError
 from vla.models.heads import TokenHead
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Vla
-from vla.policy import InferContext, InferResult, Policy
+from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
 from vla.types import Observation
 
 _FLOP_CHUNKS = 6  # observations that FLOPs are counted on: counting takes a hundred times as long as running
@@ -63,24 +63,21 @@ class Cost:
     window: int = 0
 
 
-class Recording:
+class Recording(PolicyWrapper):
     """A policy that keeps what it was shown, up to `most` times, and counts which inferences ran no model and how long
     those took."""
 
     def __init__(self, policy: Policy, most: int = 0):
-        self._policy, self._most = policy, most
-        self.embodiment, self.horizon = policy.embodiment, policy.horizon
+        super().__init__(policy)
+        self._most = most
         self.seen: list[tuple[Observation, InferContext]] = []
         self.inferences = self.reused = 0
         self.reuse_ms = 0.0
 
-    def reset(self, seed: int) -> None:
-        self._policy.reset(seed)
-
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         if len(self.seen) < self._most:
             self.seen += zip(observations, contexts)
-        results = self._policy.infer_batch(observations, contexts)
+        results = super().infer_batch(observations, contexts)
         self.inferences += len(results)
         for result in results:
             if result.report.reused:

@@ -27,7 +27,7 @@ from sim.control import ExpertPolicy, make_expert
 from sim.environment import EVAL_SEED_START, make
 from vla.errors import ConfigError, DataError, explain, nearest
 from vla.files import write_text
-from vla.policy import InferContext, InferResult, Policy
+from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
 from vla.resources import bundle_path, is_address
 from vla.runtime.loop import ControlLoop, Delay, control_loop, run_episode
 from vla.runtime.motion import motion
@@ -375,21 +375,14 @@ class _Swapped:
         return self._env.reset(seed=seed, options={**(options or {}), "swap": True})
 
 
-class PlainImages:
+class PlainImages(PolicyWrapper):
     """A policy that is shown pixels and nothing behind them.
 
     Lazy images hold the environment that renders them, and with it the simulator's state; the policy gets copies.
     """
 
-    def __init__(self, policy: Policy):
-        self._policy = policy
-        self.embodiment, self.horizon = policy.embodiment, policy.horizon
-
-    def reset(self, seed: int) -> None:
-        self._policy.reset(seed)
-
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
-        return self._policy.infer_batch([self._plain(observation) for observation in observations], contexts)
+        return super().infer_batch([self._plain(observation) for observation in observations], contexts)
 
     def _plain(self, observation: Observation) -> Observation:
         history = tuple(replace(frame, images=self._shown(frame.images)) for frame in observation.history)

@@ -90,6 +90,27 @@ class Policy(Protocol):
         ...
 
 
+class PolicyWrapper:
+    """A policy around another one: what a subclass leaves out is the inner one's."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.policy.embodiment
+
+    @property
+    def horizon(self) -> int:
+        return self.policy.horizon
+
+    def reset(self, seed: int) -> None:
+        self.policy.reset(seed)
+
+    def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
+        return self.policy.infer_batch(observations, contexts)
+
+
 def infer(policy: Policy, observation: Observation, context: InferContext | None = None) -> InferResult:
     """One observation through `infer_batch`."""
     return policy.infer_batch([observation], [context or InferContext()])[0]

@@ -3,160 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from ros_nodes import messages as m
-from ros_nodes.command_node import CommandCore, build_core
+from ros_nodes.command_node import build_core
 from ros_nodes.node import (
     CHUNK,
     CONTROL,
-    CONTROL_STATUS,
     DEADMAN,
     DIAGNOSTICS,
     EMERGENCY_STOP,
-    HEARTBEAT,
     JOINT_STATES,
     PICTURE_KEY,
     REQUEST,
     SIM_STATUS,
     STAMP_KEY,
-    Effects,
-    Goal,
-    Job,
-    Now,
-    Send,
 )
 from ros_nodes.request import ChunkId, Request
-from vla.embodiment import Embodiment, Output
-from vla.errors import ConfigError
-from vla.resources import load_embodiment
+from tests.ros.driver import MS, PERIOD, ROBOT, T0, Driver
 from vla.runtime.gate import Reason, Verdict
 from vla.runtime.trace import Trace
 from vla.types import ActionChunk
 
 ROOT = Path(__file__).resolve().parents[2]
-ROBOT = load_embodiment("tabletop")
-T0 = 1_000_000_000_000
-MS = 1_000_000
-PERIOD = 50 * MS
-
-
-class Driver:
-    """Shell, arm, simulator and policy in one: the arm follows commands, the policy moves sideways at 0.1 m/s."""
-
-    def __init__(self, out: Path | None = None, robot: Embodiment = ROBOT, **options: Any) -> None:
-        self.robot = robot
-        self.core: CommandCore = build_core(robot, out, capacity=2000, **options)
-        self.time_ns = 10_000 * MS
-        self.jump_ns = 0  # of the graph's clock against the steady one
-        self.positions = np.array(robot.home)
-        self.sent: list[tuple[int, Send]] = []
-        self.goals: list[Goal] = []
-        self.beat: dict[str, str] | None = {}  # more of what the heartbeat says; None: cameras at the control rate
-        self.policy_alive = self.joints_alive = True
-        self.answer_after_ns = 20 * MS
-        self.number = 0
-        self.pending: list[tuple[int, Request]] = []
-        self.lose = self.lose_chunks = 0  # so many of the next requests, or answers, are lost
-        self.names = robot.command_names
-        self.offset = np.zeros(len(self.names))  # of the measured positions
-
-    def now(self) -> Now:
-        return Now(T0 + self.time_ns + self.jump_ns, self.time_ns, self.time_ns)
-
-    def perform(self, effects: Effects) -> None:
-        for effect in effects:
-            if isinstance(effect, Job):
-                self.perform(self.core.on_result(effect.name, effect.run(), self.now()))
-                continue
-            if isinstance(effect, Goal):
-                self.goals.append(effect)
-                continue
-            self.sent.append((self.time_ns, effect))
-            if effect.topic == REQUEST.topic and self.lose:
-                self.lose -= 1
-            elif effect.topic == REQUEST.topic and self.policy_alive:
-                self.pending.append((self.time_ns + self.answer_after_ns, Request.read(effect.message)))
-            elif effect.topic == self.robot.command_topic:
-                self.positions = effect.message.data.copy()
-            elif isinstance(effect.message, m.Trajectory):
-                for name, value in zip(effect.message.names, effect.message.positions[0]):
-                    self.positions[self.robot.command_names.index(name)] = value
-
-    def give(self, topic: str, message: m.Message) -> None:
-        self.perform(self.core.on_message(topic, message, self.now()))
-
-    def begin(self, episode: int = 0, start_ns: int | None = None) -> None:
-        start = T0 + self.time_ns + 100 * MS if start_ns is None else start_ns
-        values = {"state": "running", "episode": episode, "seed": 7, "instruction": "go", "start_ns": start}
-        self.give(SIM_STATUS.topic, m.Text.of(**values))
-
-    def chunk(self, request: Request, actions: Any = None, number: int | None = None) -> None:
-        rows = np.zeros((16, self.robot.action_dim), np.float32)
-        rows[:, 1], rows[:, -1] = 0.005, 1.0
-        if self.robot.action_space == "joint_position":
-            rows[:] = self.positions
-            rows[:, 0] += 0.01 * np.arange(1, 17)
-        chunk = ActionChunk(rows if actions is None else actions, request.start_ns + PERIOD // 2, 0.05)
-        identity = ChunkId(request.episode, request.number, self.number if number is None else number, 20_000)
-        self.number += 1
-        if self.lose_chunks:
-            self.lose_chunks -= 1
-            return
-        self.give(CHUNK.topic, m.chunk_to_trajectory(chunk, self.robot.action_names, identity.text()))
-
-    def run(self, milliseconds: int) -> None:
-        for _ in range(milliseconds):
-            self.time_ns += MS
-            if self.joints_alive and self.time_ns % (10 * MS) == 0:
-                stamp = T0 + self.time_ns + self.jump_ns
-                self.give(
-                    JOINT_STATES.topic,
-                    m.JointState(stamp, self.names, self.positions + self.offset, np.zeros(len(self.names))),
-                )
-            if self.policy_alive and self.time_ns % PERIOD == 7 * MS:
-                queue = {"queue": str(int(bool(self.pending)))}
-                self.give(HEARTBEAT.topic, m.Status(m.OK, "policy", "ready", queue | self.pictures()))
-            while self.policy_alive and self.pending and self.pending[0][0] <= self.time_ns:
-                self.chunk(self.pending.pop(0)[1])
-            if self.time_ns >= self.core.next_tick_ns:
-                self.perform(self.core.tick(self.now()))
-
-    def pictures(self) -> dict[str, str]:
-        """What the policy says of its cameras; they take a picture at the start of each control period."""
-        if self.beat is not None:
-            return self.beat
-        stamp = T0 + self.jump_ns + self.time_ns // PERIOD * PERIOD
-        said = {STAMP_KEY + name: str(stamp) for name in self.robot.camera_names}
-        return said | {PICTURE_KEY + name: str(stamp) for name in self.robot.camera_names}
-
-    def commands(self, since_ns: int = 0) -> list[tuple[int, np.ndarray]]:
-        return [(t, s.message.data) for t, s in self.sent if s.topic == ROBOT.command_topic and t > since_ns]
-
-    def status(self) -> dict[str, Any]:
-        return [s.message for _, s in self.sent if s.topic == CONTROL_STATUS.topic][-1].object()
-
-    def status_now(self) -> dict[str, Any]:
-        return self.core._status(self.now()).message.object()  # type: ignore[union-attr]
-
-    def diagnosis(self) -> m.Status:
-        return [s.message for _, s in self.sent if s.topic == DIAGNOSTICS.topic][-1].statuses[0]
-
-    def moving(self) -> Driver:
-        self.run(50)
-        self.begin()
-        self.run(1000)
-        assert self.status()["verdict"] in ("pass", "reshape")
-        return self
 
 
 def test_commands_come_at_the_control_rate_and_move_the_arm() -> None:
@@ -425,118 +300,6 @@ def test_one_bad_joint_state_between_two_periods_is_enough(fault: str) -> None:
     assert driver.core.summary()["stops"][-1]["reason"] == reason.text
     assert driver.core.summary()["stops"][-1]["stamp_ns"] == T0 + at
     goes_on(driver)
-
-
-# ---- what the driver takes ----
-ARM = tuple(name for name in ROBOT.command_names if name != "gripper")
-TOPIC = "/arm_controller/joint_trajectory"
-
-
-def with_outputs(*outputs: Output) -> Embodiment:
-    return replace(ROBOT, command_topic="", outputs=outputs)
-
-
-def test_a_trajectory_carries_its_own_stop_and_the_next_one_takes_over_on_it() -> None:
-    driver = Driver(robot=with_outputs(Output(TOPIC, "trajectory", ARM), Output("/hand", "positions", ("gripper",))))
-    driver.moving()
-    sent = [s.message for _, s in driver.sent if s.topic == TOPIC][-12:]
-    for message, after in itertools.pairwise(sent):
-        assert message.names == ARM and message.times_ns[0] == PERIOD and np.all(np.diff(message.times_ns) > 0)
-        assert message.velocities.shape == message.positions.shape == message.accelerations.shape
-        assert not np.any(message.velocities[-1]) and np.any(message.velocities[0])
-        # As planned: one period on, and then braking from there.
-        np.testing.assert_allclose(after.positions[0], message.positions[1], atol=1e-6)
-        assert message.times_ns[0] + 2 * PERIOD <= 150 * MS, "no further than the watchdogs reach"
-        speed = np.abs(np.diff(message.positions, axis=0))[2:]
-        assert np.all(np.diff(speed, axis=0) <= 1e-9), "after the planned actions it only slows down"
-    hand = [s.message for _, s in driver.sent if s.topic == "/hand"][-1]
-    assert hand.data.shape == (1,) and not driver.goals
-
-
-def test_a_joint_position_robot_with_jerk_limits_runs_without_a_model() -> None:
-    robot = load_embodiment("panda")
-    driver = Driver(robot=robot)
-    driver.run(50)
-    driver.begin()
-    driver.run(1500)
-    topic = robot.outputs[0].topic
-    rows = np.array([s.message.positions[0] for _, s in driver.sent if s.topic == topic])
-    assert rows[-1, 0] > 0.05 and driver.status_now()["verdict"] in ("pass", "reshape")
-    limits = robot.joints[0]
-    for order, bound in ((1, limits.max_velocity), (2, limits.max_acceleration), (3, limits.max_jerk)):
-        assert np.all(np.abs(np.diff(rows[:, 0], order)) / 0.05**order <= bound * (1 + 1e-6))
-    (goal,) = driver.goals[:1]
-    assert (goal.action, goal.type_name) == ("/panda_gripper/gripper_action", "control_msgs/action/GripperCommand")
-    assert goal.goal.data[0] == pytest.approx(0.04)
-    assert len(driver.goals) == 1, "a hand that stays as it is gets no new goal"
-    assert driver.core.actions == ((goal.action, goal.type_name),)
-
-
-def test_the_same_trajectory_as_a_goal_for_the_action() -> None:
-    name = "/arm_controller/follow_joint_trajectory"
-    driver = Driver(robot=with_outputs(Output(name, "follow_joint_trajectory", ROBOT.command_names)))
-    driver.run(50)
-    driver.begin()
-    driver.run(500)
-    goal = driver.goals[-1]
-    assert goal.action == name and goal.type_name == "control_msgs/action/FollowJointTrajectory"
-    assert isinstance(goal.goal, m.Trajectory) and not np.any(goal.goal.velocities[-1])
-    assert all(endpoint.topic != name for endpoint in driver.core.publications)
-
-
-def test_velocities_are_zero_once_the_arm_is_stopped() -> None:
-    names = tuple(f"drive_{name}" for name in ROBOT.command_names)
-    driver = Driver(robot=with_outputs(Output("/velocity", "velocities", ROBOT.command_names, names, timeout_s=0.1)))
-    driver.run(50)
-    driver.begin()
-    for _ in range(1000):  # an arm that follows its velocities
-        driver.run(1)
-        driver.positions = driver.core._loop.gate.command
-    moving = [s.message.data for _, s in driver.sent if s.topic == "/velocity"]
-    assert np.any(moving[-1])
-    driver.give(CONTROL.topic, m.Text.of(op="stop"))
-    driver.run(500)
-    assert not np.any([s.message.data for _, s in driver.sent if s.topic == "/velocity"][-1])
-
-
-def test_actions_need_a_shell_that_has_them() -> None:
-    from ros_nodes.command_node import main
-
-    with pytest.raises(ConfigError, match="need rclpy"):
-        main(["--embodiment", "panda"])
-
-
-def test_the_output_can_be_chosen_on_the_command_line() -> None:
-    from ros_nodes import settings
-    from ros_nodes.command_node import build
-
-    def made(**values: Any) -> CommandCore:
-        return build(settings.options(settings.COMMAND, values))
-
-    core = made(embodiment="panda", output="positions", output_topic="/position/commands")
-    assert core.publications[0].topic == "/position/commands" and not core.actions
-    with pytest.raises(ConfigError, match="output_topic"):
-        made(embodiment="panda", output="positions")
-    with pytest.raises(ConfigError, match="timeout_s"):
-        made(embodiment="tabletop", output="velocities")
-    core = made(embodiment="tabletop", output="velocities", driver_timeout=0.1)
-    assert core.publications[0].topic == ROBOT.command_topic
-
-
-def test_the_status_tells_how_much_a_chunk_is_slowed_down() -> None:
-    driver = Driver(robot=replace(load_embodiment("panda"), max_time_scale=3.0))
-    driver.run(50)
-    driver.policy_alive = False
-    driver.begin()
-    driver.run(300)
-    request = next(Request.read(s.message) for _, s in driver.sent if s.topic == REQUEST.topic)
-    rows = np.tile(driver.positions, (16, 1))
-    rows[:, 0] += 0.12 * np.arange(1, 17) ** 2 / 16  # up to 4.7 rad/s
-    driver.policy_alive, driver.lose = True, 99
-    driver.chunk(request, rows.astype(np.float32))
-    driver.run(200)
-    assert 1.3 < driver.status_now()["time_scale"] < 3.0
-    assert driver.status_now()["reason"] in (Reason.TIME_SCALED.text, Reason.JERK.text, Reason.ACCELERATION.text)
 
 
 @pytest.mark.parametrize("kind", ["another episode", "another request", "no id", "NaN", "other names"])
