@@ -7,28 +7,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from policies.robot_memory import RememberingPolicy, RobotMemory
 from vla.decoding.chunks import Ensembling, ensembled
-from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
+from vla.policy import InferContext, InferResult, Policy
 from vla.types import Observation
 
 
 @dataclass
-class _Robot:
-    """One robot's memory. given: actions of the chunk it was given last. said: what the inner policy itself said of
-    those moments and later ones, oldest first; the first action of each is due with the first of `given`."""
+class _Robot(RobotMemory):
+    """said: what the inner policy itself said of the moments of `actions` and later ones, oldest first; each begins
+    where `actions` does."""
 
-    given: np.ndarray
     said: list[np.ndarray]
-    instruction: str
 
 
-class EnsemblingPolicy(PolicyWrapper):
+class EnsemblingPolicy(RememberingPolicy[_Robot]):
     """Temporal ensembling (ACT, Zhao et al. 2023) around `policy`: `ensembled` over the new chunk and what the earlier
     ones, as they were before any mean, say of its moments. Grippers are the newest chunk's.
 
     Which moments are the same is counted from what was executed, as the scheduler does. Actions that the context has
-    committed come back as they were committed. There is one memory per place in a batch. It counts only for the robot
-    whose running chunk came from it: with another chunk in the context, another instruction or none, or when the
+    committed come back as they were committed. Where the memory does not count (see RememberingPolicy), or when the
     running chunk has ended, the new chunk comes out as it came in.
 
     The inner policy is told its own last chunk as the previous one, not the mean that is executed instead: drafts are
@@ -39,11 +37,6 @@ class EnsemblingPolicy(PolicyWrapper):
     def __init__(self, policy: Policy, rule: Ensembling | None = None):
         super().__init__(policy)
         self.rule = rule or Ensembling()
-        self._robots: dict[int, _Robot] = {}
-
-    def reset(self, seed: int) -> None:
-        self._robots.clear()
-        super().reset(seed)
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         known = [self._known(*asked) for asked in enumerate(zip(observations, contexts))]
@@ -52,21 +45,15 @@ class EnsemblingPolicy(PolicyWrapper):
         results = []
         for place, (observation, context, robot, result) in enumerate(zip(observations, contexts, known, ran)):
             actions, said = self._fused(robot, context, result)
-            self._robots[place] = _Robot(actions, said, observation.instruction)
+            self._robots[place] = _Robot(actions, observation.instruction, said)
             results.append(replace(result, chunk=replace(result.chunk, actions=actions)))
         return results
 
     def _known(self, place: int, asked: tuple[Observation, InferContext]) -> _Robot | None:
         """The memory of this place, if the chunk that runs there came from it and has not ended."""
         observation, context = asked
-        robot, previous = self._robots.get(place), context.previous
-        if (
-            robot is None
-            or previous is None
-            or previous.end_ns <= (context.start_ns or observation.stamp_ns)
-            or observation.instruction != robot.instruction
-            or not np.array_equal(previous.actions, robot.given)
-        ):
+        robot, previous = self.remembered(place, observation, context), context.previous
+        if previous is None or previous.end_ns <= (context.start_ns or observation.stamp_ns):
             return None
         return robot
 
@@ -79,7 +66,7 @@ class EnsemblingPolicy(PolicyWrapper):
         if robot is None or not left:
             return chunk.actions, [chunk.actions]
         if result.report.reused:
-            return robot.given[done:].copy(), left
+            return robot.actions[done:].copy(), left
         said = [*left, chunk.actions]
         moments = [replace(chunk, actions=actions) for actions in said]
         actions = ensembled(moments, chunk.start_ns, self.rule.decay, self.embodiment.grippers).actions

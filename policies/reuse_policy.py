@@ -6,25 +6,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from policies.robot_memory import RememberingPolicy, RobotMemory
 from vla.decoding.reuse import Forward, ReuseMemory, ReuseRule
 from vla.errors import ConfigError, explain
-from vla.policy import DecodeReport, InferContext, InferResult, Policy, PolicyWrapper
+from vla.policy import DecodeReport, InferContext, InferResult, Policy
 from vla.types import ActionChunk, Observation
 
 
 @dataclass
-class _Robot:
-    """One robot's memory. actions: of the chunk it was given last. instruction, confidence: of its last forward."""
+class _Robot(RobotMemory):
+    """instruction, confidence: of its last forward."""
 
     memory: ReuseMemory
-    actions: np.ndarray
-    instruction: str
     confidence: float
 
 
-class ReusePolicy(PolicyWrapper):
+class ReusePolicy(RememberingPolicy[_Robot]):
     """`policy`, skipped where `rule` allows it (see vla.decoding.reuse). Reports of skipped steps say why (`reused`).
 
     A reused chunk is what is left of the chunk that is being executed, from the first action not executed when the
@@ -32,19 +29,13 @@ class ReusePolicy(PolicyWrapper):
     that of a new chunk would be.
 
     The inner policy has to report important visual tokens: a VlaPolicy with a TokenSelection (one with drop=False only
-    scores). There is one memory per place in a batch. It counts only for the robot whose running chunk came from it:
-    with another chunk in the context, another instruction or none, the model runs. A skipped step checks state and
+    scores). Where the memory does not count (see RememberingPolicy), the model runs. A skipped step checks state and
     instruction and looks at no image.
     """
 
     def __init__(self, policy: Policy, rule: ReuseRule | None = None):
         super().__init__(policy)
         self.rule = rule or ReuseRule()
-        self._robots: dict[int, _Robot] = {}
-
-    def reset(self, seed: int) -> None:
-        self._robots.clear()
-        super().reset(seed)
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         """ConfigError when the inner policy reports no visual tokens; else as the inner policy."""
@@ -63,15 +54,8 @@ class ReusePolicy(PolicyWrapper):
     def _reused(self, place: int, asked: tuple[Observation, InferContext]) -> InferResult | None:
         started = time.perf_counter()
         observation, context = asked
-        robot, previous = self._robots.get(place), context.previous
-        if robot is None:
-            return None
-        if (
-            previous is None
-            or not np.array_equal(previous.actions, robot.actions)
-            or observation.instruction != robot.instruction
-        ):
-            del self._robots[place]
+        robot, previous = self.remembered(place, observation, context), context.previous
+        if robot is None or previous is None:
             return None
         committed = 0 if context.committed is None else len(context.committed)
         reason = robot.memory.reason(len(previous) - context.executed, committed)
@@ -91,4 +75,4 @@ class ReusePolicy(PolicyWrapper):
             raise ConfigError(explain("reuse", "a policy that reports important visual tokens", "none", remedy))
         memory = self._robots[place].memory if place in self._robots else ReuseMemory(self.rule)
         memory.ran(Forward.of(result.chunk.actions, report.kept_tokens, self.embodiment))
-        self._robots[place] = _Robot(memory, result.chunk.actions, instruction, report.confidence)
+        self._robots[place] = _Robot(result.chunk.actions, instruction, memory, report.confidence)

@@ -88,6 +88,7 @@ class VlaPolicy:
             for camera in config.cameras
         }
         ids, valid = bundle.text_tokenizer.encode_padded([observation.instruction for observation in observations])
+        seeds = [_mix(self._seed if c.episode_seed is None else c.episode_seed, c.seed) for c in contexts]
         prepared = time.perf_counter()
         segments = bundle.model.prefix_segments(
             images,
@@ -97,7 +98,6 @@ class VlaPolicy:
         )
         prefix = bundle.model.prefix(segments, config.suffix_room, self.selection)
         encoded = time.perf_counter()
-        seeds = [_mix(self._seed if c.episode_seed is None else c.episode_seed, c.seed) for c in contexts]
         decoded = self.decoder.decode(DecodeInput(bundle, prefix, seeds, contexts, self.grammar, started, self._costs))
         kept = None if prefix.kept is None else prefix.kept.cpu().numpy()
         results = []

@@ -22,6 +22,7 @@ from policies.vla_policy import VlaPolicy
 from sim.decode_entries import Entry
 from sim.evaluate import EvalConfig, evaluate
 from vla.checkpoints.bundle import Bundle
+from vla.decoding.anytime import AnytimeDecoder
 from vla.decoding.base import Decoded, DecodeInput
 from vla.decoding.costs import pass_costs
 from vla.errors import DataError
@@ -35,7 +36,7 @@ _FLOP_CHUNKS = 6  # observations that FLOPs are counted on: counting takes a hun
 _FLIP_CHUNKS = 20  # observations that flips are counted on: passes in bf16 run in torch, one by one
 # What counts as the model's own time in decoding.
 _MODEL: dict[type, tuple[str, ...]] = {
-    TokenSuffix: ("logits", "hidden", "through", "read"),
+    TokenSuffix: ("logits", "hidden", "through", "read", "out", "embed"),
     TokenHead: ("embed", "guesses"),
     Vla: ("extend", "velocity", "noise", "parallel_actions"),
 }
@@ -279,3 +280,38 @@ def cost_curve(
     finally:
         policy.decoder = kept
     return probe.curve
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Anytime decoding with one deadline, over all observations. ms: mean until the chunk was there. cut: share of the
+    chunk's values that were not decoded. rms: of the difference to the complete chunks, normalised units."""
+
+    deadline_ms: float
+    ms: float
+    cut: float
+    rms: float
+
+
+def anytime_curve(
+    policy: VlaPolicy, head: str, seen: Sequence[tuple[Observation, InferContext]], cost: Cost, points: int = 9
+) -> list[Cut]:
+    """Error against time: deadlines from where the prefix is done to where greedy decoding, whose `cost` is that of the
+    same observations, has mostly ended."""
+    first, last = np.median(cost.total_ms - cost.decode_ms), np.quantile(cost.total_ms, 0.95)
+    kept, out = policy.decoder, []
+    values = policy.bundle.config.horizon * policy.bundle.config.action_dim
+    try:
+        for deadline in np.linspace(first, last, points).round(1).tolist():
+            policy.decoder = AnytimeDecoder(deadline, head)
+            results = [policy.infer_batch([observation], [context])[0] for observation, context in seen]
+            chunks = [policy.bundle.action_normalizer.normalize(result.chunk.actions) for result in results]
+            errors = [float(np.mean((chunk - whole) ** 2)) for chunk, whole in zip(chunks, cost.actions)]
+            ms, cut = (
+                float(np.mean([value(result.report) for result in results]))
+                for value in (lambda report: report.times_ms["total"], lambda report: report.notes["cut"] / values)
+            )
+            out.append(Cut(deadline, round(ms, 2), round(cut, 4), round(float(np.sqrt(np.mean(errors))), 5)))
+    finally:
+        policy.decoder = kept
+    return out

@@ -78,7 +78,7 @@ def shallow_greedy(model, grammar, prompts) -> list[int]:
         inputs = torch.tensor([[head.start_id, *ids]])
         segments = [*model.prefix_segments(*prompts), model.suffix_segment("words", head.embed(inputs))]
         hidden = model.run_with_exits(segments, (EXIT,))[0][-1]
-        ids.append(int(grammar.constrain(head.logits(hidden)[:, -1], [remaining]).argmax()))
+        ids.append(int(grammar.constrain(head.logits(hidden)[:, -1:], [[remaining]]).argmax()))
     return ids
 
 

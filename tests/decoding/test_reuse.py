@@ -169,27 +169,34 @@ def observation(slot: int = 1, instruction: str = "push") -> Observation:
     return Observation({}, np.zeros(3, np.float32), instruction, slot * PERIOD_NS)
 
 
-@pytest.mark.parametrize("late", [0, 1, 2])
-@pytest.mark.parametrize("most", [1, 2, 9])
-def test_every_action_runs_in_its_slot_whatever_is_reused(most, late) -> None:
-    """Executed through the real schedulers, with chunks that come `late` slots after their observation."""
-    inner = Slots()
-    policy = ReusePolicy(inner, ReuseRule(most=most, least=2))
-    assert isinstance(policy, Policy)
+def scheduled(policy, late: int, begin: int, told):
+    """60 slots from `begin` on, four executed actions per chunk, each `late` slots after its observation. told: called
+    with every result. Returns the scheduler, and (slot, first value of the action) of what ran."""
     scheduler = OverlappedScheduler(4, late, max_age_s=10) if late else SequentialScheduler(4, max_age_s=10)
-    begin, arriving, reports, executed = 7, [], [], []
+    arriving, executed = [], []
     scheduler.reset(begin * PERIOD_NS)
     for slot in range(begin, begin + 60):
         now = slot * PERIOD_NS
         if scheduler.should_infer(now):
             result = infer(policy, observation(slot), scheduler.context(now, 0))
-            reports.append(result.report.reused)
+            told(result)
             arriving.append((slot + late, result))
         while arriving and arriving[0][0] <= slot:
             assert scheduler.submit(arriving.pop(0)[1], now) == ""
         due = scheduler.due(now)
         if due is not None:
             executed.append((slot, float(due.action[0])))
+    return scheduler, executed
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_every_action_runs_in_its_slot_whatever_is_reused(most, late) -> None:
+    """Executed through the real schedulers, with chunks that come `late` slots after their observation."""
+    inner, begin, reports = Slots(), 7, []
+    policy = ReusePolicy(inner, ReuseRule(most=most, least=2))
+    assert isinstance(policy, Policy)
+    scheduler, executed = scheduled(policy, late, begin, lambda result: reports.append(result.report.reused))
     assert [slot for slot, _ in executed] == list(range(begin + late, begin + 60))
     # while the first chunk is on its way the arm waits, and its actions wait with it
     second = begin + 4 + late

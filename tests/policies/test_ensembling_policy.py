@@ -7,12 +7,11 @@ import pytest
 
 from policies.ensembling_policy import EnsemblingPolicy
 from policies.reuse_policy import ReusePolicy
-from tests.decoding.test_reuse import PERIOD_NS, ROBOT, TOKENS, Slots, observation
+from tests.decoding.test_reuse import PERIOD_NS, ROBOT, TOKENS, Slots, observation, scheduled
 from vla.decoding.chunks import Ensembling
 from vla.decoding.reuse import ReuseRule
 from vla.errors import ConfigError
 from vla.policy import DecodeReport, InferContext, InferResult, Policy, infer
-from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
 from vla.types import ActionChunk
 
 T = 8
@@ -167,23 +166,10 @@ def test_the_inner_policy_hears_of_its_own_chunk() -> None:
 @pytest.mark.parametrize("reuse", [False, True])
 def test_every_action_runs_in_its_slot(late, reuse) -> None:
     """Through the real schedulers: chunks that all say when they are due say it still when they are averaged."""
-    inner = Slots()
+    inner, begin, fused = Slots(), 7, []
     policy = EnsemblingPolicy(ReusePolicy(inner, ReuseRule(most=1, least=2)) if reuse else inner)
-    scheduler = OverlappedScheduler(4, late, max_age_s=10) if late else SequentialScheduler(4, max_age_s=10)
-    begin, arriving, fused, executed = 7, [], 0, []
-    scheduler.reset(begin * PERIOD_NS)
-    for slot in range(begin, begin + 60):
-        now = slot * PERIOD_NS
-        if scheduler.should_infer(now):
-            result = infer(policy, observation(slot), scheduler.context(now, 0))
-            fused += len(policy._robots[0].said) > 1
-            arriving.append((slot + late, result))
-        while arriving and arriving[0][0] <= slot:
-            assert scheduler.submit(arriving.pop(0)[1], now) == ""
-        due = scheduler.due(now)
-        if due is not None:
-            executed.append((slot, float(due.action[0])))
-    assert fused > 8 and len(executed) == 60 - late
+    _, executed = scheduled(policy, late, begin, lambda result: fused.append(len(policy._robots[0].said) > 1))
+    assert sum(fused) > 8 and len(executed) == 60 - late
     settled = begin + 4 + late + 16  # the first chunk, which waited, has no say any more
     assert [said for slot, said in executed if slot >= settled] == pytest.approx(range(settled, begin + 60), abs=1e-4)
     if reuse:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
+import gate_inputs
 import numpy as np
 import pytest
-from arms import JOINTS, PERIOD_NS, arm
+from arms import JOINTS, arm
+from gate_inputs import START
 
 from vla.errors import ConfigError, ObservationError
 from vla.runtime.gate import Gate, Reason, Verdict, limit_tool
 from vla.runtime.limits import JointLimits, approach_speed, braked, velocity_bounds
 
-START = np.array([0.0, 0.0, 1.0, 0.04])
-ACCELERATION = np.array([j.max_acceleration for j in JOINTS])
 
-
-class Drive:
-    """A gate with healthy inputs and a 20 Hz clock; keyword arguments replace an input for one step."""
-
-    def __init__(self, embodiment=None, tool_position=None, start=START, **options):
-        self.gate = Gate(embodiment or arm(), tool_position, **options)
-        self.now_ns = 0
-        self.gate.reset(np.asarray(start), 0)
-
-    def step(self, target, dt_ns=PERIOD_NS, chunk=0, **inputs):
-        self.now_ns += dt_ns
-        values = {
-            "due_ns": self.now_ns,
-            "chunk_number": chunk,
-            "positions": self.gate.command,
-            "positions_stamp_ns": self.now_ns,
-            "heartbeat_ns": self.now_ns,
-        }
-        target = None if target is None else np.asarray(target, float)
-        return self.gate.step(self.now_ns, target, **{**values, **inputs})
-
+class Drive(gate_inputs.Drive):
     def cruise(self, ticks=4, chunk=0):
         """joint1 at 0.5 rad/s."""
         for k in range(1, ticks + 1):

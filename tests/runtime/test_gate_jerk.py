@@ -8,12 +8,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gate_inputs
 import numpy as np
 import pytest
 from arms import JOINTS, PERIOD_NS, arm
+from gate_inputs import (
+    ACCELERATION,
+    BOX,
+    LOWER,
+    PERIOD_S,
+    SPEED,
+    START,
+    UPPER,
+    drive,
+    inside,
+    planar,
+    random_chunk,
+    start,
+    step,
+)  # fmt: skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_gate_properties import BOX, LOWER, PERIOD_S, SPEED, UPPER, drive, planar, start, step
 
 from vla.runtime.gate import MAX_PERIODS, Gate, Reason, Verdict
 from vla.runtime.jerk import Stop
@@ -21,9 +36,7 @@ from vla.runtime.limits import JointLimits
 
 JERK = np.array([40.0, 500.0, 8.0, 60.0])
 SMOOTH = tuple(replace(joint, max_jerk=jerk) for joint, jerk in zip(JOINTS, JERK))
-ACCELERATION = np.array([j.max_acceleration for j in JOINTS])
 NEAR = 1e-4  # metres: the way of a stop is looked at in points, and the tool moves on arcs between them
-START = np.array([0.0, 0.0, 1.0, 0.04])
 
 
 def smooth_arm(action_space: str = "ee_delta", **changes):
@@ -127,36 +140,12 @@ def test_nor_do_inputs_never_tried_before(action_space, steps, start):
     any_input(action_space, steps, start)
 
 
-def chunk_of_actions(rng: np.random.Generator, gate: Gate, stream: Stream, chunk: int, box=None) -> None:
-    """Eight actions of one kind: smooth, violent, drifting to a corner, or noise; jittered ticks; perfect health."""
-    kind, now_ns = rng.integers(4), stream.now_ns
-    goal = rng.uniform(LOWER - 0.5, UPPER + 0.5)
-    for _ in range(8):
-        now_ns += int(PERIOD_NS * (1 if rng.random() < 0.5 else rng.uniform(0.02, 1.98)))
-        q = gate.command
-        target = (
-            q + rng.uniform(-1, 1) * SPEED * PERIOD_S if kind == 0
-            else goal if kind == 1
-            else q + 0.2 * (goal - q) if kind == 2
-            else q + rng.normal(0, 0.1, 4)
-        )  # fmt: skip
-        decision = gate.step(
-            now_ns, target, due_ns=now_ns, chunk_number=chunk, positions=q, positions_stamp_ns=now_ns,
-            heartbeat_ns=now_ns,
-        )  # fmt: skip
-        assert decision.verdict is not Verdict.STOP, decision.reason.text
-        stream.see(decision.values, now_ns, False)
-        if box is not None:
-            point = planar(decision.values)
-            assert np.all(point >= np.array(box[0]) - NEAR) and np.all(point <= np.array(box[1]) + NEAR), point
-
-
 def chunks_within_limits(chunks: int, action_space: str, seed: int) -> None:
     rng, gate = np.random.default_rng(seed), Gate(smooth_arm(action_space))
     stream, worst = Stream(START), np.zeros(3)
     gate.reset(START, 0)
     for chunk in range(chunks):
-        chunk_of_actions(rng, gate, stream, chunk)
+        random_chunk(rng, gate, stream, chunk)
         if chunk % 20 == 19:
             run_to_rest(gate, stream)
             stream.check()
@@ -184,30 +173,23 @@ def test_the_tool_stays_in_the_workspace_box():
     stream = Stream(np.array([-0.3, 0.45, 1.0, 0.04]))
     gate.reset(stream.q, 0)
     for chunk in range(60):
-        chunk_of_actions(rng, gate, stream, chunk, BOX)
+        random_chunk(rng, gate, stream, chunk, BOX, NEAR)
         if chunk % 20 == 19:
             run_to_rest(gate, stream)
-            point = planar(gate.command)
-            assert np.all(point >= np.array(BOX[0]) - NEAR) and np.all(point <= np.array(BOX[1]) + NEAR)
+            assert inside(planar(gate.command), BOX, NEAR)
     stream.check()
 
 
 # ---- single rules ----
-class Drive:
-    """A gate with healthy inputs and an even clock."""
+class Drive(gate_inputs.Drive):
+    """What comes out is watched."""
 
     def __init__(self, action_space: str = "joint_position", start=START, **options):
-        self.gate, self.now_ns = Gate(smooth_arm(action_space), **options), 0
-        self.gate.reset(np.array(start, float), 0)
+        super().__init__(smooth_arm(action_space), start=start, **options)
         self.stream = Stream(np.array(start, float))
 
     def step(self, target, dt_ns=PERIOD_NS, **inputs):
-        self.now_ns += dt_ns
-        values = {
-            "due_ns": self.now_ns, "chunk_number": 0, "positions": self.gate.command,
-            "positions_stamp_ns": self.now_ns, "heartbeat_ns": self.now_ns, **inputs,
-        }  # fmt: skip
-        decision = self.gate.step(self.now_ns, None if target is None else np.asarray(target, float), **values)
+        decision = super().step(target, dt_ns, **inputs)
         self.stream.see(decision.values, self.now_ns, False)
         return decision
 

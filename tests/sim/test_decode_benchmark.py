@@ -80,6 +80,16 @@ def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
     assert list(curve) == list(LENGTHS) and all(ms > 0 for ms in curve.values())
 
 
+def test_anytime_error_falls_with_the_deadline(policy) -> None:
+    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 6)
+    greedy = next(e for e in decode_entries.ENTRIES if e.name == "greedy FAST")
+    cost = decode_costs.costs(policy, [greedy], seen)["greedy FAST"]
+    slow = replace(cost, total_ms=np.full(6, 1e5), decode_ms=np.full(6, 1e5 - 0.1))
+    first, *_, last = decode_costs.anytime_curve(policy, "fast", seen, slow, points=3)
+    assert first.deadline_ms < 1 and 0 < first.cut <= 1 and first.rms > 0  # frequency 0 is all there is
+    assert last.cut == 0 and last.rms == pytest.approx(0, abs=1e-6) and last.ms > first.ms
+
+
 def test_tokens_that_never_change_are_not_counted_as_settled() -> None:
     chunk = np.zeros((2, 3))
     ids = [(5, 9, 7, 5, 1, 7), (5, 2, 7, 5, 3, 8)]  # the first of three values is always 5

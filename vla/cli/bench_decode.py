@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     curves = {head: decode_costs.cost_curve(policy, head, seen[0]) for head in heads}
     with _progress(console, "costs", len(seen) + 3) as tick:
         costs = decode_costs.costs(policy, chosen, seen, lambda: tick(1))
+    anytime = []
+    if {"anytime FAST", "greedy FAST"} <= costs.keys():
+        anytime = [asdict(cut) for cut in decode_costs.anytime_curve(policy, "fast", seen, costs["greedy FAST"])]
     with _progress(console, "reuse", sum(bool(entry.reuse) for entry in chosen)) as tick:
         reused = {}
         for entry in chosen:
@@ -126,6 +130,7 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "pass_ms": curves,
+        "anytime": anytime,
         "rows": rows,
         "not_served": refused,
     }
@@ -161,6 +166,7 @@ COSTS: tuple[str, ...] = (
     "decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s", "MFLOP", "reused",
     "equal", "bf16 flips", "rms", "overhead",
 )  # fmt: skip
+ANYTIME: tuple[str, ...] = ("deadline of anytime FAST", "ms", "values cut", "rms to the whole chunk")
 SUCCESS: tuple[str, ...] = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
 
 
@@ -192,10 +198,18 @@ def _percent(share: float | None) -> str:
 
 
 def tables(results: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str]]]]:
-    """(titles, lines) of costs and, if any episodes ran, of success."""
+    """(titles, lines) of costs, of anytime decoding's error against time, and of success, where there are any."""
     ran = [row for row in results["rows"] if row["success_rate"] is not None]
-    costs = (COSTS, [_costs(row) for row in results["rows"]])
-    return [costs, (SUCCESS, [_success(row) for row in ran])] if ran else [costs]
+    anytime = [
+        [f"{cut['deadline_ms']:.1f} ms", f"{cut['ms']:.1f}", _percent(cut["cut"]), f"{cut['rms']:.3f}"]
+        for cut in results["anytime"]
+    ]
+    every = [
+        (COSTS, [_costs(row) for row in results["rows"]]),
+        (ANYTIME, anytime),
+        (SUCCESS, [_success(row) for row in ran]),
+    ]
+    return [(titles, lines) for titles, lines in every if lines]
 
 
 def curves(results: dict[str, Any]) -> list[str]:
@@ -215,7 +229,7 @@ def show(results: dict[str, Any], console: Any) -> None:
     for titles, lines in tables(results):
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in titles:
-            table.add_column(title, justify="left" if title == "decoder" else "right", no_wrap=True)
+            table.add_column(title, justify="left" if title == titles[0] else "right", no_wrap=True)
         for line in lines:
             table.add_row(*line)
         console.print(table)

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences
+from vla.decoding.autoregressive import one_by_one
+from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 from vla.tokenizers import ActionTokenizer
 
 clock = time.perf_counter
@@ -52,20 +51,14 @@ class AnytimeDecoder(TokenDecoder):
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         deadline = min(hint.deadline for hint in hints)
         enough = grammar.values - suffix.model.config.action_dim
+
+        def proceed(remaining: list[int]) -> bool:
+            return any(remaining) and (max(remaining) > enough or clock() < deadline)
+
         ids: list[list[int]] = [[] for _ in hints]
-        remaining = [grammar.values] * len(hints)
-        token = torch.full((len(hints), 1), suffix.start_id, dtype=torch.long, device=suffix.device)
-        rows: list[Tensor] = []
-        while any(remaining) and (max(remaining) > enough or clock() < deadline):
-            logits = grammar.constrain(suffix.logits(token)[:, -1], remaining)
-            token = logits.argmax(dim=-1, keepdim=True)
-            rows.append(logits)
-            for sample, chosen in enumerate(token[:, 0].tolist()):
-                if remaining[sample]:
-                    ids[sample].append(chosen)
-                    remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen])
-        notes = {"cut": float(sum(remaining))}
-        return DecodedTokens(ids, len(rows), confidences(torch.stack(rows, dim=1), ids), notes)
+        rows = one_by_one(suffix, grammar, ids, best_tokens, proceed)
+        cut = sum(grammar.before_each(grammar.values, row)[-1] for row in ids)
+        return DecodedTokens.of(ids, len(rows), rows, {"cut": float(cut)})
 
     def decode(self, given: DecodeInput) -> Decoded:
         out = super().decode(given)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, probabilities
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix, best_tokens
 
@@ -25,24 +24,36 @@ class AutoregressiveDecoder(TokenDecoder):
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         generators = [torch.Generator().manual_seed(hint.seed) for hint in hints] if self.temperature else []
-        ids: list[list[int]] = [[] for _ in hints]
-        remaining = [grammar.values] * len(hints)
-        tokens = [suffix.start_id] * len(hints)
-        rows: list[Tensor] = []
-        while any(remaining):
-            logits = grammar.constrain(suffix.logits([[token] for token in tokens])[:, -1], remaining)
-            tokens = self._choose(logits, generators)
-            rows.append(logits)
-            for sample, chosen in enumerate(tokens):
-                if remaining[sample]:
-                    ids[sample].append(chosen)
-                    remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen])
-        likely = probabilities(torch.stack(rows, dim=1), ids)
-        return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], probabilities=likely)
 
-    def _choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """[B, V] -> a token for each; the pass's one wait for the device."""
-        if not generators:
-            return [row[0] for row in best_tokens(logits[:, None])]
-        weights = (logits / self.temperature).softmax(dim=-1).cpu()
-        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in zip(weights, generators)]
+        def draw(logits: Tensor) -> list[list[int]]:
+            weights = (logits[:, 0] / self.temperature).softmax(dim=-1).cpu()
+            return [[int(torch.multinomial(row, 1, generator=own))] for row, own in zip(weights, generators)]
+
+        ids: list[list[int]] = [[] for _ in hints]
+        rows = one_by_one(suffix, grammar, ids, draw if self.temperature else best_tokens)
+        return DecodedTokens.of(ids, len(rows), rows)
+
+
+def one_by_one(
+    suffix: TokenSuffix,
+    grammar: Grammar,
+    ids: list[list[int]],
+    choose: Callable[[Tensor], list[list[int]]],
+    proceed: Callable[[list[int]], bool] = any,
+) -> list[Tensor]:
+    """Put tokens behind `ids`, one per pass and sample, until all chunks are complete.
+
+    ids: per sample, what comes first, lists of one length; the suffix is empty. choose: constrained logits [B, 1, V] ->
+    the token of each sample, in a list of its own; the pass's one wait for the device. proceed: asked before each pass,
+    with the values that each sample has still to come. Returns the constrained logits of every pass.
+    """
+    remaining = [grammar.before_each(grammar.values, row)[-1] for row in ids]
+    tokens = [[suffix.start_id, *row] for row in ids]
+    rows: list[Tensor] = []
+    while proceed(remaining):
+        logits = suffix.logits(tokens)
+        logits = grammar.constrain(logits if len(tokens[0]) == 1 else logits[:, -1:], [[left] for left in remaining])
+        tokens = choose(logits)
+        rows.append(logits)
+        remaining = [grammar.append(*sample) for sample in zip(ids, remaining, tokens)]
+    return rows

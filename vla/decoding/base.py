@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.costs import pass_costs
@@ -44,21 +45,32 @@ class Grammar:
         # Tokens of one length that divides the values always fit, until the chunk is complete: bins need no table.
         self._free = len(set(self.lengths)) == 1 and bool(valid[:: self.lengths[0]].all())
         self.bias = torch.where(torch.from_numpy(valid), 0.0, -torch.inf).to(device)
+        self._rows = self.bias.unbind()  # of one token a view is taken, at a fraction of an indexed copy
 
-    def constrain(self, logits: Tensor, remaining: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """logits [B, ..., V] and the values still to come before each -> float32, with -inf where nothing fits."""
+    def constrain(self, logits: Tensor, remaining: Sequence[Sequence[int]]) -> Tensor:
+        """logits [B, Q, V] and the values still to come before each -> float32, with -inf where nothing fits."""
         if self._free:
             return logits.float()
-        if len(remaining) == 1 and isinstance(remaining[0], int):  # a view costs a fraction of an indexed copy
-            return logits.float() + self.bias[remaining[0]]
-        return logits.float() + self.bias[torch.tensor(remaining, device=self.bias.device)]
+        if len(remaining) == len(remaining[0]) == 1:
+            return logits.float() + self._rows[remaining[0][0]]
+        return logits.float() + embedding(torch.tensor(remaining, device=self.bias.device), self.bias)
 
     def before_each(self, remaining: int, tokens: Sequence[int]) -> list[int]:
         """Values still to come before each of `tokens`, and after the last: len(tokens) + 1 numbers."""
-        out = [remaining]
+        out, lengths = [remaining], self.lengths
         for token in tokens:
-            out.append(max(0, out[-1] - self.lengths[token]))
+            remaining = max(0, remaining - lengths[token])
+            out.append(remaining)
         return out
+
+    def append(self, ids: list[int], remaining: int, tokens: Sequence[int]) -> int:
+        """Put tokens behind `ids` until the chunk is complete; returns the values then to come."""
+        for token in tokens:
+            if not remaining:
+                break
+            ids.append(token)
+            remaining = max(0, remaining - self.lengths[token])
+        return remaining
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class DecodedTokens:
     """ids: per sample. passes: model passes after the prefix. confidence: mean probability of the ids, per sample.
 
     notes: further numbers of this call, for reports; "layers" where a pass did not go through the whole depth.
-    probabilities: of each id, where the decoder tells them; confidence is their mean.
+    probabilities: of each id, where the decoder tells them.
     """
 
     ids: list[list[int]]
@@ -89,6 +101,14 @@ class DecodedTokens:
     confidence: list[float]
     notes: dict[str, float] = field(default_factory=dict)
     probabilities: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, ids: list[list[int]], passes: int, rows: Sequence[Tensor], notes: dict[str, float] | None = None
+    ) -> DecodedTokens:
+        """rows: the constrained logits [B, n, V] that the ids were chosen from, together as many as the longest."""
+        likely = probabilities(torch.cat(list(rows), dim=1), ids)
+        return cls(ids, passes, [fmean(row) for row in likely], notes or {}, likely)
 
 
 @dataclass(frozen=True)
@@ -258,11 +278,6 @@ def probabilities(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[list[flo
     chosen = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=logits.device)
     top = logits.softmax(dim=-1).gather(2, chosen[..., None])[..., 0].tolist()
     return [row[: len(kept)] for row, kept in zip(top, ids)]
-
-
-def confidences(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[float]:
-    """Mean probability of the chosen tokens, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
-    return [fmean(row) for row in probabilities(logits, ids)]
 
 
 def generators(given: DecodeInput) -> list[torch.Generator]:

@@ -17,7 +17,7 @@ from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder
 from vla.decoding.speculative import Greedy, Proposal, allowed, speculate
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 
 
 class BlockwiseDecoder(TokenDecoder):
@@ -60,14 +60,14 @@ class Lookahead:
         width = self._states.shape[1]
         # Every unfinished sample decided in the last pass; of a finished one any state will do.
         places = [max(0, min(len(row) - 2 - self._begin, width - 1)) for row in tokens]
-        states = self._states[torch.arange(len(tokens)), places][:, None]
-        guesses = self.suffix.head.guesses(states)[:, 0, : self.most].argmax(dim=-1).tolist()
+        states = torch.cat([self._states[s : s + 1, place : place + 1] for s, place in enumerate(places)])
+        guesses = best_tokens(self.suffix.head.guesses(states)[:, 0, : self.most])
         return [
             Proposal(allowed(self.grammar, remaining, row[:count]))
             for row, remaining, count in zip(guesses, left, counts)
         ]
 
-    def verify(self, rows: Tensor) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Tensor:
         self.layers += self.suffix.depth
         self._begin, self._states = self.suffix.length, self.suffix.hidden(rows)
-        return self.suffix.head.logits(self._states)
+        return self.suffix.out(self._states)

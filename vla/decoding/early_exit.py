@@ -20,10 +20,10 @@ from scipy.special import betaln, softmax
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, find_head, probabilities
+from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder, find_head
 from vla.errors import ConfigError, explain
 from vla.models.heads import HeadConfig
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 from vla.models.vla import Prefix
 
 # (sample, confidence of each token since its last synchronisation, whether the whole model agrees with its exit)
@@ -122,54 +122,52 @@ def synchronised(
     samples = range(suffix.batch)
     ids: list[list[int]] = [[] for _ in samples]
     remaining = [grammar.values] * suffix.batch
-    token = torch.full((suffix.batch, 1), suffix.start_id, dtype=torch.long, device=suffix.device)
+    shallow, rest = range(layer), range(layer, suffix.depth)
+    chosen = [[suffix.start_id] for _ in samples]
     rows: list[Tensor] = []
-    waiting: list[tuple[Tensor, list[int], list[int]]] = []  # hidden [B, 1, D], its choices, values then to come
+    waiting: list[tuple[Tensor, list[list[int]], list[int]]] = []  # hidden [B, 1, D], its choices, values then to come
     sure: list[list[float]] = [[] for _ in samples]
     agreed: list[list[bool]] = [[] for _ in samples]
     exits = layers = 0
     while any(remaining):
-        x = suffix.through(suffix.head.embed(token), suffix.length + len(waiting), range(layer))
+        left = [[value] for value in remaining]
+        x = suffix.through(suffix.embed(chosen), suffix.length + len(waiting), shallow)
         layers += layer
-        logits = grammar.constrain(suffix.read(x)[:, -1], remaining)
-        best = logits.softmax(dim=-1).topk(2).values
-        confidence = (best[:, 0] - best[:, 1]).tolist()
-        chosen = logits.argmax(dim=-1).tolist()
-        waiting.append((x, chosen, list(remaining)))
+        logits = grammar.constrain(suffix.read(x), left)
+        chosen = best_tokens(logits)
+        for sample, ((first, second),) in enumerate(logits.softmax(dim=-1).topk(2).values.tolist()):
+            sure[sample].append(first - second)
+        waiting.append((x, chosen, remaining))
         # A threshold of 1 is never reached, although a token without rival has a confidence of 1.
-        unsure = [s for s in samples if remaining[s] and not confidence[s] >= threshold(s) < 1]
-        for sample in samples:
-            sure[sample].append(confidence[sample])
+        unsure = [s for s in samples if remaining[s] and not sure[s][-1] >= threshold(s) < 1]
+        exits += sum(map(bool, remaining)) - len(unsure)
         if unsure:
             states, guesses, before = zip(*waiting)
-            deep = suffix.through(torch.cat(states, dim=1), suffix.length, range(layer, suffix.depth))
-            layers += suffix.depth - layer
+            deep = suffix.through(torch.cat(states, dim=1), suffix.length, rest)
+            layers += len(rest)
             suffix.advance(len(waiting))
             if observe is None:
-                whole = grammar.constrain(suffix.read(deep[:, -1:])[:, -1], remaining)
+                whole = grammar.constrain(suffix.read(deep[:, -1:]), left)
             else:
                 every = grammar.constrain(suffix.read(deep), list(zip(*before)))
-                for place, row in enumerate(every.argmax(dim=-1).T.tolist()):
+                for place, row in enumerate(zip(*best_tokens(every))):
                     for sample in samples:
-                        agreed[sample].append(row[sample] == guesses[place][sample])
+                        agreed[sample].append(row[sample] == guesses[place][sample][0])
                 for sample in unsure:
                     observe(sample, sure[sample], agreed[sample])
                     sure[sample], agreed[sample] = [], []
-                whole = every[:, -1]
+                whole = every[:, -1:]
             waiting.clear()
-            picked = torch.tensor(unsure, device=suffix.device)
-            logits = logits.index_copy(0, picked, whole[picked])
-            chosen = logits.argmax(dim=-1).tolist()
+            if len(unsure) == len(samples):
+                logits = whole
+            else:
+                picked = torch.tensor(unsure, device=suffix.device)
+                logits = logits.index_copy(0, picked, whole[picked])
+            chosen = best_tokens(logits)
         rows.append(logits)
-        for sample in samples:
-            if remaining[sample]:
-                exits += sample not in unsure
-                ids[sample].append(chosen[sample])
-                remaining[sample] = max(0, remaining[sample] - grammar.lengths[chosen[sample]])
-        token = torch.tensor(chosen, device=suffix.device)[:, None]
-    likely = probabilities(torch.stack(rows, dim=1), ids)
+        remaining = [grammar.append(*sample) for sample in zip(ids, remaining, chosen)]
     notes = {"layers": float(layers), "exits": exits / sum(map(len, ids))}
-    return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], notes, likely)
+    return DecodedTokens.of(ids, len(rows), rows, notes)
 
 
 # ---- the threshold, from how confidence and agreement go together ----

@@ -13,8 +13,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from vla.decoding.autoregressive import one_by_one
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, encoded_again, probabilities
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 
 
 class ForcedPrefixDecoder(TokenDecoder):
@@ -42,23 +43,17 @@ class ForcedPrefixDecoder(TokenDecoder):
         forced = [hint.draft for hint in hints]
         common = min(len(draft) for draft in forced)  # the cache has one length: what all have forced goes in at once
         ids = [list(draft[:common]) for draft in forced]
-        remaining = [grammar.before_each(grammar.values, row)[-1] for row in ids]
-        given = torch.tensor([[suffix.start_id, *row] for row in ids], device=suffix.device)
-        rows: list[Tensor] = []
-        while any(remaining):
-            logits = grammar.constrain(suffix.logits(given)[:, -1], remaining)
-            rows.append(logits)
-            tokens = logits.argmax(dim=-1).tolist()
-            for sample, draft in enumerate(forced):
-                if len(ids[sample]) < len(draft):
-                    tokens[sample] = draft[len(ids[sample])]
-                if remaining[sample]:
-                    ids[sample].append(tokens[sample])
-                    remaining[sample] = max(0, remaining[sample] - grammar.lengths[tokens[sample]])
-            given = torch.tensor(tokens, device=suffix.device)[:, None]
+
+        def choose(logits: Tensor) -> list[list[int]]:
+            return [
+                [draft[len(row)]] if len(row) < len(draft) else best
+                for draft, row, best in zip(forced, ids, best_tokens(logits))
+            ]
+
+        rows = one_by_one(suffix, grammar, ids, choose)
         confidence = [1.0] * len(ids)
         if rows:
-            sure = probabilities(torch.stack(rows, dim=1), [row[common:] for row in ids])
+            sure = probabilities(torch.cat(rows, dim=1), [row[common:] for row in ids])
             chosen = [row[len(draft) - common :] for row, draft in zip(sure, forced)]
             confidence = [fmean(row) if row else 1.0 for row in chosen]
         return DecodedTokens(ids, len(rows), confidence, {"forced": fmean(map(len, forced))})

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, confidences, drafts
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts
 from vla.decoding.costs import best_length, pass_costs
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix, best_tokens
@@ -46,43 +45,66 @@ class JacobiDecoder(TokenDecoder):
         return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
-        batch = len(hints)
         window = self.window or hints[0].length or best_length(pass_costs(suffix), self.agreement)
-        ids: list[list[int]] = [[] for _ in hints]
-        remaining = [grammar.values] * batch
-        last = [suffix.start_id] * batch
-        # What a cold draft starts from hardly matters as long as it is a token that the model has seen there.
-        guesses = [[*hint.draft, *[0] * window] for hint in hints]
-        rows: list[Tensor] = []
-        passes = 0
-        while any(remaining):
-            base = suffix.length
-            # Room for the whole window may be missing only when every sample is about to end.
-            width = min(window, suffix.room - base)
-            inputs = [[token, *guess[: width - 1]] for token, guess in zip(last, guesses)]
-            left = [grammar.before_each(r, guess[: width - 1]) for r, guess in zip(remaining, guesses)]
-            logits = grammar.constrain(suffix.logits(inputs), left)
-            updates = best_tokens(logits)
-            passes += 1
-            # Position j is settled when all guesses before it were right. A sample of a batch that has ended agrees
-            # with anything; the others wait for the slowest, since the cache has one length.
-            count = min(_settled(update, guess, before) for update, guess, before in zip(updates, guesses, left))
-            suffix.truncate(base + count)
-            rows.append(logits[:, :count])
-            for sample, update in enumerate(updates):
-                for token in update[:count]:
-                    if remaining[sample]:
-                        ids[sample].append(token)
-                        remaining[sample] = max(0, remaining[sample] - grammar.lengths[token])
-                last[sample] = update[count - 1]
-                behind = guesses[sample][width:] if hints[sample].draft else []
-                guesses[sample] = update[count:] + behind + update[-1:] * window
-        return DecodedTokens(ids, passes, confidences(torch.cat(rows, dim=1), ids), {"window": float(window)})
+        out = jacobi(suffix, grammar, [hint.draft for hint in hints], window)
+        out.notes["window"] = float(window)
+        return out
 
 
-def _settled(update: Sequence[int], draft: Sequence[int], left: Sequence[int]) -> int:
-    """How many tokens of `update` came from right inputs only; left: values still to come before each of them."""
+def jacobi(
+    suffix: TokenSuffix,
+    grammar: Grammar,
+    guesses: Sequence[Sequence[int]],
+    window: int,
+    most: int = 0,
+    both_ways: bool = False,
+) -> DecodedTokens:
+    """Update all tokens of a window at once, again and again; those whose inputs were right leave it (Santilli et al.).
+
+    guesses: per sample, the first ones, from the first token on. most: 0, and the window slides on as tokens leave; or
+    the passes after which those left stand as they are, and the next window, a block of its own, begins behind them.
+    What stands unsettled is fed again with the next block: no entry of a discarded guess stays in the cache. both_ways:
+    a block is not causal, and nothing leaves it until nothing changes.
+    """
+    ids: list[list[int]] = [[] for _ in guesses]
+    remaining = [grammar.values] * len(guesses)
+    known = [[suffix.start_id] for _ in guesses]  # what stands and is not in the cache
+    # What a cold draft starts from hardly matters as long as it is a token that the model has seen there.
+    ahead = [[*guess, *[0] * (window - len(guess))] for guess in guesses]
+    rows: list[tuple[Tensor, int]] = []
+    end = tries = passes = 0
+    while any(remaining):
+        base, fed = suffix.length, len(known[0])
+        done = base + fed - 1  # tokens that stand
+        if done == end or not most:
+            end, tries = done + window, 0
+        # Room for the whole window may be missing only when every sample is about to end.
+        width = min(end, suffix.room, done + max(remaining)) - done
+        inputs = [[*row, *guess[: width - 1]] for row, guess in zip(known, ahead)]
+        left = [grammar.before_each(r, guess[: width - 1]) for r, guess in zip(remaining, ahead)]
+        logits = suffix.logits(inputs, both_ways)
+        logits = grammar.constrain(logits if fed == 1 else logits[:, -width:], left)
+        updates = best_tokens(logits)
+        passes, tries = passes + 1, tries + 1
+        # The cache has one length: the others wait for the slowest sample.
+        settled = min(_settled(*sample, both_ways) for sample in zip(updates, ahead, left))
+        count = width if tries == most else settled
+        suffix.truncate(done + settled)
+        rows.append((logits, count))
+        for sample, update in enumerate(updates):
+            remaining[sample] = grammar.append(ids[sample], remaining[sample], update[:count])
+            known[sample] = [*known[sample], *update[:count]][fed - 1 + settled :]
+            rest = [*update[count:], *ahead[sample][width:]]
+            ahead[sample] = rest + update[-1:] * (window - len(rest))
+    return DecodedTokens.of(ids, passes, [logits[:, :count] for logits, count in rows])
+
+
+def _settled(update: Sequence[int], guess: Sequence[int], left: Sequence[int], both_ways: bool) -> int:
+    """How many tokens of `update` came from right inputs only. left: values still to come before each of them: a sample
+    of a batch that has ended agrees with anything."""
+    if both_ways:
+        return len(update) if update == guess[: len(update)] else 0
     count = 1
-    while count < len(update) and (update[count - 1] == draft[count - 1] or not left[count - 1]):
+    while count < len(update) and (update[count - 1] == guess[count - 1] or not left[count - 1]):
         count += 1
     return count

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts, probabilities
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts
 from vla.decoding.costs import best_length
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
@@ -201,8 +200,8 @@ class Drafter(Protocol):
         draft tokens are wanted, at most. A drafter may stop early, but not because of what it drew."""
         ...
 
-    def verify(self, rows: Tensor) -> Tensor:
-        """int64[B, Q], what comes behind the cache -> logits [B, Q, V]; the cache advances by Q."""
+    def verify(self, rows: list[list[int]]) -> Tensor:
+        """[B][Q], what comes behind the cache -> logits [B, Q, V]; the cache advances by Q."""
         ...
 
 
@@ -232,7 +231,7 @@ class Previous:
             out.append(Proposal(allowed(self.grammar, remaining, draft[index : index + count])))
         return out
 
-    def verify(self, rows: Tensor) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Tensor:
         self.layers += self.suffix.depth
         return self.suffix.logits(rows)
 
@@ -252,18 +251,18 @@ class Shallow:
             lambda ids: self.suffix.read(self._enter(ids)[:, -1:]),
         )  # fmt: skip
 
-    def verify(self, rows: Tensor) -> Tensor:
-        suffix = self.suffix
-        self._enter(rows[:, sum(state.shape[1] for state in self._states) :])
+    def verify(self, rows: list[list[int]]) -> Tensor:
+        suffix, entered = self.suffix, sum(state.shape[1] for state in self._states)
+        self._enter([row[entered:] for row in rows])
         x = suffix.through(torch.cat(self._states, dim=1), suffix.length, range(self.shallow, suffix.depth))
         self.layers += suffix.depth - self.shallow
-        suffix.advance(rows.shape[1])
+        suffix.advance(len(rows[0]))
         return suffix.read(x)
 
-    def _enter(self, ids: Tensor) -> Tensor:
-        """int64[B, n], the next ones -> their states after the shallow layers."""
+    def _enter(self, ids: list[list[int]]) -> Tensor:
+        """[B][n], the next ones -> their states after the shallow layers."""
         at = self.suffix.length + sum(state.shape[1] for state in self._states)
-        self._states.append(self.suffix.through(self.suffix.head.embed(ids), at, range(self.shallow)))
+        self._states.append(self.suffix.through(self.suffix.embed(ids), at, range(self.shallow)))
         self.layers += self.shallow
         return self._states[-1]
 
@@ -285,36 +284,36 @@ class Small:
         small.truncate(self.suffix.length)  # what it read of a draft that was rejected
         rows = [row[small.length :] for row in tokens]
 
-        def step(ids: Tensor) -> Tensor:
+        def step(ids: list[list[int]]) -> Tensor:
             self.layers += small.depth
             # The small head starts with its own start token: that it has the same number is what `check` sees to.
             return small.logits(ids)[:, -1:]
 
         return stepwise(rows, left, counts, self.grammar, self.choice, step)
 
-    def verify(self, rows: Tensor) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Tensor:
         self.layers += self.suffix.depth
         return self.suffix.logits(rows)
 
 
 def stepwise(
     rows: list[list[int]], left: list[int], counts: list[int], grammar: Grammar, choice: Greedy | Drawn,
-    step: Callable[[Tensor], Tensor],
+    step: Callable[[list[list[int]]], Tensor],
 ) -> list[Proposal]:  # fmt: skip
     """Draft token by token. rows: per sample, known tokens that the drafting model has not read yet.
 
-    step: the next int64[B, n] -> logits [B, 1, V] after the last of them. left, counts: see Drafter.propose.
+    step: the next [B][n] -> logits [B, 1, V] after the last of them. left, counts: see Drafter.propose.
     """
     rows, left, counts = [list(row) for row in rows], list(left), list(counts)
     out = [Proposal() for _ in rows]
-    device, read = grammar.bias.device, 0
+    read = 0
     while any(counts):
         until = min(len(row) for row, count in zip(rows, counts) if count)
         # A sample that nothing is drafted for keeps its place with any token.
-        ids = torch.tensor([[*row, *[0] * until][read:until] for row in rows], device=device)
+        ids = [_padded(row, until)[read:until] for row in rows]
         drafting = [bool(count) and len(row) == until for row, count in zip(rows, counts)]
-        remaining = [value if here else 0 for value, here in zip(left, drafting)]
-        chosen = choice.rows(grammar.constrain(step(ids)[:, -1], remaining)[:, None])
+        remaining = [[value if here else 0] for value, here in zip(left, drafting)]
+        chosen = choice.rows(grammar.constrain(step(ids), remaining))
         read = until
         for sample, here in enumerate(drafting):
             if here:
@@ -345,7 +344,7 @@ def speculate(
     """Propose, verify, settle, until all chunks are complete; the cache then holds all tokens but the last of each."""
     tokens = [[suffix.start_id] for _ in range(batch)]
     left = [[grammar.values] for _ in range(batch)]  # values still to come after each token
-    rows: list[Tensor] = []
+    rows: list[tuple[Tensor, int]] = []
     accepted = judged = 0
 
     def unfinished(sample: int) -> bool:
@@ -367,8 +366,7 @@ def speculate(
             for past, proposal in zip(left, proposals)
         ]
         logits = grammar.constrain(
-            drafter.verify(torch.tensor([_padded(row, wide) for row in inputs], device=suffix.device)),
-            [_padded(row, wide) for row in before],
+            drafter.verify([_padded(row, wide) for row in inputs]), [_padded(row, wide) for row in before]
         )
         verdicts = choice.rows(logits)
         for s in ready:
@@ -389,11 +387,10 @@ def speculate(
         slowest = [settled[s] for s in range(batch) if unfinished(s)]
         count = min(wide, *slowest) if slowest else min(wide, max(settled))
         suffix.truncate(base + count)
-        rows.append(logits[:, :count])
+        rows.append((logits, count))
     ids = [row[1:] for row in tokens]
-    likely = probabilities(torch.cat(rows, dim=1), ids)
     notes = {"accepted": accepted / judged, "layers": float(drafter.layers)}
-    return DecodedTokens(ids, len(rows), [fmean(row) for row in likely], notes, likely)
+    return DecodedTokens.of(ids, len(rows), [logits[:, :count] for logits, count in rows], notes)
 
 
 def _padded(row: list[int], width: int) -> list[int]:

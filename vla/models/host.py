@@ -80,13 +80,15 @@ class HostWeights:
         self.final_norm = _scale(transformer.final_norms[expert].weight)
         self.embedding = _view(head.embedding.weight).copy()
         self.logits = _Linear(head.logits)
-        self._sources = [*transformer.parameters(), *head.parameters()]
-        self._versions = _versions(self._sources)
+        own = [*(layer[expert] for layer in transformer.layers), transformer.final_norms[expert], head]
+        # Tensors made in inference mode count no writes, and cannot be trained either.
+        self._sources = [weight for module in own for weight in module.parameters() if not weight.is_inference()]
+        self._versions = [weight._version for weight in self._sources]
 
     @property
     def current(self) -> bool:
         """Whether no weight was written since the copy."""
-        return self._versions == _versions(self._sources)
+        return self._versions == [weight._version for weight in self._sources]
 
 
 class HostSuffix:
@@ -153,11 +155,6 @@ class HostSuffix:
         if self.weights.config.activation == "gelu_tanh":
             return gate * expit(np.float32(2 * (2 / np.pi) ** 0.5) * (gate + np.float32(0.044715) * gate**3))
         return gate * expit(gate)
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """Counts that every write raises; tensors made in inference mode keep none, and cannot be trained either."""
-    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _view(tensor: Tensor) -> np.ndarray:

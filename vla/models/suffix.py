@@ -67,13 +67,19 @@ class TokenSuffix:
             return torch.from_numpy(self.host.read(self._on_host(ids, count, both_ways))[None])
         return self.head.logits(self.hidden(ids, both_ways))
 
+    def embed(self, ids: Ids) -> Tensor:
+        """What a pass over tokens begins with, for `through`: int64[B, Q] -> [B, Q, D]."""
+        if self.host is not None and not isinstance(ids, Tensor):
+            return torch.from_numpy(self.host.weights.embedding[ids])
+        return self.head.embed(self._tensor(ids))
+
     def hidden(self, ids: Ids, both_ways: bool = False) -> Tensor:
         """As `logits`, before the read-out: [B, Q, D]."""
         count = _count(ids)
         if self.host is not None and count <= MOST_TOKENS:
             return torch.from_numpy(self._on_host(ids, count, both_ways)[None])
-        ids = ids if isinstance(ids, Tensor) else torch.tensor(ids, device=self.device)
-        x = self.model.extend(self.prefix, self.expert, self.head.embed(ids), self.lead + self.length, both_ways)
+        x = self.head.embed(self._tensor(ids))
+        x = self.model.extend(self.prefix, self.expert, x, self.lead + self.length, both_ways)
         self.prefix.cache.advance(count)
         return self.model.transformer.finish(self.expert, x)
 
@@ -84,6 +90,9 @@ class TokenSuffix:
         hidden = self.host.hidden(row, start - self.prefix.length, start, both_ways)
         self.prefix.cache.advance(count)
         return hidden
+
+    def _tensor(self, ids: Ids) -> Tensor:
+        return ids if isinstance(ids, Tensor) else torch.tensor(ids, device=self.device)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -101,6 +110,12 @@ class TokenSuffix:
         """Count tokens in that `through` has written at every layer."""
         self.prefix.cache.advance(count)
 
+    def out(self, hidden: Tensor) -> Tensor:
+        """What `hidden` gave -> logits: [B, Q, D] -> [B, Q, V]."""
+        if self.host is not None and hidden.shape[1] <= MOST_TOKENS:
+            return torch.from_numpy(self.host.read(hidden[0].numpy()))[None]
+        return self.head.logits(hidden)
+
     def read(self, x: Tensor) -> Tensor:
         """Hidden states after any layer -> logits, by the one final norm and read-out: [B, Q, D] -> [B, Q, V]."""
         if self.host is not None and x.shape[1] <= MOST_TOKENS:
@@ -114,7 +129,7 @@ def _count(ids: Ids) -> int:
 
 def best_tokens(logits: Tensor) -> list[list[int]]:
     """The most probable ones, [B, Q, V] -> B lists of Q; the one wait for the device that a greedy pass needs."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # on a few rows numpy is several times as fast
-        out: list[list[int]] = logits.detach().numpy().argmax(axis=-1).tolist()
+    if logits.is_cpu and logits.dtype == torch.float32:  # on a few rows numpy is several times as fast
+        out: list[list[int]] = logits.numpy().argmax(axis=-1).tolist()
         return out
     return logits.argmax(dim=-1).tolist()

@@ -3,7 +3,8 @@
 One pass serves all heads: branches see the prefix and not each other (see vla.models.masks).
 
 Consistency distillation (CEED-VLA, Song et al. 2025; CLLM, Kou et al. 2024) is a second branch of a token head, whose
-inputs are an unfinished iterate of its own Jacobi decoding: it learns to say there what it says behind the fixed point.
+inputs are an unfinished iterate of its own Jacobi decoding (see vla.training.distillation): it learns to say there
+what it says behind the fixed point.
 """
 
 from __future__ import annotations

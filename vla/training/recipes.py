@@ -53,14 +53,16 @@ class DistillRecipe:
     """Consistency distillation of a token head (CEED-VLA).
 
     teacher: name of the head in `init` that this one starts from and learns from; "" for its own name, which then
-    replaces it. frames: how many training frames its Jacobi trajectories are collected on; the run sees no others.
+    replaces it. frames: how many training frames it is asked about; the run sees no others. passes: the student learns
+    from where it stands itself after 0 to `passes` - 1 Jacobi passes; around the cap it will be decoded with.
     consistency, anchor: weights of the two losses. tolerance: mixed labels, the teacher's tokens where its chunk is
     within this mean absolute difference of the demonstration (normalised units), else the demonstration's; 0 for the
     demonstration's only, infinity for the teacher's only.
     """
 
     teacher: str = ""
-    frames: int = 8000
+    frames: int = 20000
+    passes: int = 12
     consistency: float = 1.0
     anchor: float = 1.0
     tolerance: float = 0.1
@@ -151,6 +153,11 @@ class TrainConfig:
                     explain(f"train.heads.{name}.distill", "a token head, init=BUNDLE and freeze=true",
                             f"kind {head.kind}, init {self.init!r}, freeze {self.freeze}",
                             "Distill a head that was trained before.")
+                )  # fmt: skip
+            if head.distill is not None and min(head.distill.frames, head.distill.passes) < 1:
+                raise ConfigError(
+                    explain(f"train.heads.{name}.distill", "frames and passes of at least 1",
+                            f"frames {head.distill.frames}, passes {head.distill.passes}", "Raise them.")
                 )  # fmt: skip
         if self.freeze and not self.init:
             raise ConfigError(explain("train.freeze", "init=BUNDLE with it", "no init", "Say whose backbone stays."))

@@ -23,6 +23,7 @@ from torch import Tensor
 from vla.checkpoints import bundle as bundles
 from vla.checkpoints.bundle import Bundle
 from vla.data.lerobot import LeRobotDataset
+from vla.decoding.base import Grammar
 from vla.errors import ConfigError, DataError, explain
 from vla.files import exclusive, replacing
 from vla.models.heads import HeadConfig
@@ -35,9 +36,9 @@ from vla.tokenizers.text import TextTokenizer
 from vla.training import objectives
 from vla.training.branches import branches, draw
 from vla.training.dataset import LOOKS, Batch, TrainingData, sample_frames
+from vla.training.distillation import FixedPoints, collect, iterate, way
 from vla.training.recipes import TokenizerRecipe, TrainConfig, TrainReport
 from vla.training.start import take_weights, train_heads_only
-from vla.training.trajectories import Trajectories, collect
 
 Rollout = Callable[[Bundle, int], dict[str, float]]
 Log = Callable[[dict[str, Any]], None]
@@ -92,7 +93,7 @@ class Trainer:
                 )  # fmt: skip
         if config.freeze:
             train_heads_only(self.model, list(config.heads))
-        self.trajectories = self._collect_trajectories(start)
+        self.taught = self._ask_teachers(start)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         decayed, rest = [p for p in self.trained if p.ndim > 1], [p for p in self.trained if p.ndim <= 1]
@@ -184,9 +185,9 @@ class Trainer:
             self.text_tokenizer, (0,), training,
         )  # fmt: skip
 
-    def _collect_trajectories(self, start: Bundle | None) -> dict[str, Trajectories]:
-        """Of the heads that are distilled; training is cut to the frames they were collected on."""
-        out: dict[str, Trajectories] = {}
+    def _ask_teachers(self, start: Bundle | None) -> dict[str, FixedPoints]:
+        """Of the heads that are distilled; training is cut to the frames that were asked for."""
+        out: dict[str, FixedPoints] = {}
         for name, head in self.config.heads.items():
             if head.distill is None or start is None:
                 continue
@@ -203,9 +204,9 @@ class Trainer:
             val = self.data.val_frames[: self.config.batch_size * self.config.val_batches]
             self.data.val_frames = val
             out[name] = collect(
-                self.model.eval(), name, self.data, np.sort(np.concatenate((frames, val))), self.out,
-                start.fingerprint,
-                lambda done, total: self._log({"event": "trajectories", "done": done, "total": total}),
+                self.model.eval(), name, self._grammar(name), self.data, np.sort(np.concatenate((frames, val))),
+                self.out, start.fingerprint,
+                lambda done, total: self._log({"event": "teacher", "done": done, "total": total}),
             )  # fmt: skip
         return out
 
@@ -242,12 +243,14 @@ class Trainer:
                 torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
         return {**{name: value.detach() for name, value in losses.items()}, "gradient_norm": norm.detach()}
 
-    def _tensors(self, frames: np.ndarray, step: int | None, validation: int = 0) -> dict[str, Any]:
+    def _tensors(
+        self, frames: np.ndarray, step: int | None, validation: int = 0, model: Vla | None = None
+    ) -> dict[str, Any]:
         """The batch of these frames and the random numbers of this step (None: of this validation batch), on the
-        device."""
+        device. model: whose iterates are wanted where heads are distilled, None for the one that is trained."""
         batch = self.data.batch(frames)
         seed = [self.config.seed, step, 2] if step is not None else [1234, validation]
-        plain = {**vars(batch), **draw(seed, *batch.chunk.shape), **self._distillation(batch, frames, seed)}
+        plain = {**vars(batch), **draw(seed, *batch.chunk.shape), **self._distillation(batch, frames)}
         given = {
             name: {key: torch.from_numpy(item).to(self.device) for key, item in value.items()}
             if isinstance(value, dict)
@@ -256,24 +259,41 @@ class Trainer:
         }
         if step is not None and self.config.image_shift:
             given["images"] = {name: self._shifted(value, step) for name, value in given["images"].items()}
+        if self.taught:
+            given["iterate"] = self._iterates(model or self.model, given, [*seed, 3])
         return given
 
-    def _distillation(self, batch: Batch, frames: np.ndarray, seed: list[int]) -> dict[str, Any]:
-        """What branches of distilled heads need; their labels in `batch` become the mixed ones."""
-        out: dict[str, dict[str, np.ndarray]] = {"iterate": {}, "settled": {}, "anchor": {}, "consistency": {}}
-        share = np.random.default_rng([*seed, 3]).random(len(frames))
-        for name, trajectories in self.trajectories.items():
+    def _distillation(self, batch: Batch, frames: np.ndarray) -> dict[str, Any]:
+        """What branches of distilled heads need, but for the iterate; their labels in `batch` become the mixed ones."""
+        out: dict[str, dict[str, np.ndarray]] = {"settled": {}, "anchor": {}, "consistency": {}}
+        for name, points in self.taught.items():
             recipe = self.config.heads[name].distill
             assert recipe is not None
-            iterate, settled = trajectories.draw(frames, share)
-            out["iterate"][name], out["settled"][name] = iterate, settled
+            settled = points.take(frames)
             horizon, dims = batch.chunk.shape[1:]
             said = np.stack([self.tokenizers[name].decode(row.tolist(), horizon, dims) for row in settled])
             close = np.abs(said - batch.chunk).mean(axis=(1, 2)) < recipe.tolerance
             batch.tokens[name] = np.where(close[:, None], settled, batch.tokens[name])
+            out["settled"][name] = settled
             out["anchor"][name] = np.array(recipe.anchor, np.float32)
             out["consistency"][name] = np.array(recipe.consistency, np.float32)
-        return out if self.trajectories else {}
+        return out if self.taught else {}
+
+    def _iterates(self, model: Vla, given: dict[str, Any], seed: list[int]) -> dict[str, Tensor]:
+        """Where the distilled heads of `model` stand on their way to the fixed point; not a part of the compiled loss,
+        as no gradient goes through it."""
+        out = {}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            for name in self.taught:
+                recipe, settled = self.config.heads[name].distill, given["settled"][name]
+                assert recipe is not None
+                passes, begin = way(seed, recipe.passes, settled.shape[1])
+                out[name] = iterate(model, name, self._grammar(name), given, settled, passes, begin)
+        return out
+
+    def _grammar(self, head: str) -> Grammar:
+        config = self.model.config
+        return Grammar(self.tokenizers[head], config.horizon, config.action_dim, self.device)
 
     def _shifted(self, images: Tensor, step: int) -> Tensor:
         """Random shift by whole pixels, edges repeated (Kostrikov et al. 2020, DrQ); one shift per batch and step."""
@@ -342,7 +362,7 @@ class Trainer:
         batches = min(self.config.val_batches, max(1, len(frames) // self.config.batch_size))
         for i in range(batches):
             chosen = sample_frames(1234, i, frames, min(self.config.batch_size, len(frames)))
-            for name, value in self._losses(model, self._tensors(chosen, None, i)).items():
+            for name, value in self._losses(model, self._tensors(chosen, None, i, model)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) / batches
         return {f"val_{name}": value for name, value in sums.items()}
 
