@@ -15,7 +15,7 @@ from setuptools import Distribution, find_packages, setup
 NAME = "vla_stack"
 SHARE = f"share/{NAME}"
 PACKAGES = ("vla", "vla.*", "policies", "policies.*", "sim", "sim.*", "ros_nodes")
-NODES = ("policy", "command", "sim", "recorder")
+NODES = ("policy", "command", "sim", "camera", "recorder")
 
 
 class WithoutPyproject(Distribution):

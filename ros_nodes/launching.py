@@ -47,6 +47,7 @@ LAUNCHES = {
             "robot", "policy and gate against a driver, or against sim",
             {"policy": _POLICY, "command": {"embodiment": "robot"}}, ("bundle", "robot"),
         ),
+        Launch("camera", "a V4L2 device or a video file as a camera's topic", {"camera": {"embodiment": "robot"}}),
         Launch("record", "a robot's topics into rosbag2 recordings", {"recorder": {"embodiment": "robot"}}, ("robot",)),
     )
 }  # fmt: skip

@@ -25,7 +25,7 @@ from rosbags.typesys.store import Typestore
 from ros_nodes.discovery import GraphInfo as GraphInfo
 from ros_nodes.discovery import GraphNode as GraphNode
 from ros_nodes.discovery import graph_from, graph_to
-from ros_nodes.pictures import decompress
+from ros_nodes.pictures import decompress, size_of
 from vla.errors import ConfigError, TransportError, explain, nearest
 from vla.types import NS_PER_S, ActionChunk
 
@@ -70,6 +70,11 @@ class Image:
     encoding: str
     pixels: np.ndarray
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
     def rgb(self) -> np.ndarray:
         """uint8[H, W, 3] RGB: a view of `pixels` whatever the encoding."""
         if self.encoding == "bgr8":
@@ -88,6 +93,11 @@ class CompressedImage:
     frame_id: str
     format: str
     data: bytes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) as the file states it, read without decoding. TransportError as `rgb`."""
+        return size_of(self.format, self.data)
 
     def rgb(self) -> np.ndarray:
         """uint8[H, W, 3] RGB, decoded. TransportError for another format, and for a file that is damaged or huge."""
@@ -208,19 +218,9 @@ class Raw:
 
 
 Message = (
-    Image
-    | CompressedImage
-    | JointState
-    | Text
-    | Values
-    | Flag
-    | Trajectory
-    | Clock
-    | Status
-    | Diagnostics
-    | GraphInfo
+    Image | CompressedImage | JointState | Text | Values | Flag | Trajectory | Clock | Status | Diagnostics | GraphInfo
     | Raw
-)
+)  # fmt: skip
 
 
 # ---- action chunks ----

@@ -11,7 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ros_nodes.messages import Clock, Diagnostics, Flag, JointState, Message, Status, Text, Trajectory
+from ros_nodes.messages import (
+    Clock,
+    CompressedImage,
+    Diagnostics,
+    Flag,
+    Image,
+    JointState,
+    Message,
+    Status,
+    Text,
+    Trajectory,
+)
 
 
 # ---- quality of service ----
@@ -40,6 +51,14 @@ class Endpoint:
     type_name: str
     quality: Quality = STATE
     raw: bool = False
+
+
+def pictures_of(topic: str, compressed: bool = False, quality: Quality = SENSOR) -> Endpoint:
+    """The endpoint of a camera's topic. By ROS's convention a name that ends with /compressed carries CompressedImage;
+    compressed: the one of that name beside `topic`, unless it is one already."""
+    topic += "/compressed" * (compressed and not topic.endswith("/compressed"))
+    kind = CompressedImage if topic.endswith("/compressed") else Image
+    return Endpoint(topic, kind.type_name, quality)
 
 
 # ---- the topics of the graph that do not depend on the embodiment ----
@@ -81,6 +100,11 @@ class Now(NamedTuple):
     stamp_ns: int
     steady_ns: int
     received_ns: int = 0
+
+    @property
+    def came_ns(self) -> int:
+        """Graph time when the message came."""
+        return self.stamp_ns - (self.steady_ns - self.received_ns if self.received_ns else 0)
 
 
 class Send(NamedTuple):

@@ -3,9 +3,10 @@
     python -m ros_nodes.policy_node --policy tabletop
 
 It answers requests of the command node: the newest synchronised observation that is not older than the request asks
-for goes to the policy, on a worker thread. Inputs that cannot be used (a camera of another size, NaN, a missing joint,
-no instruction) give no chunk; the heartbeat says why, and the node goes on. The heartbeat is sent by the thread that
-also receives, 20 times a second, and stays silent while one inference hangs for longer than `hang_limit_s`.
+for goes to the policy, on a worker thread, which also decodes its pictures where they come compressed. Inputs that
+cannot be used (a camera of another size, a damaged picture, NaN, a missing joint, no instruction) give no chunk; the
+heartbeat says why, and the node goes on. The heartbeat is sent by the thread that also receives, 20 times a second, and
+stays silent while one inference hangs for longer than `hang_limit_s`; docs/ros2.md says what its values are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from ros_nodes.messages import (
     ERROR,
     OK,
     WARN,
+    CompressedImage,
     Image,
     JointState,
     Message,
@@ -42,15 +44,14 @@ from ros_nodes.node import (
     JOINT_STATES,
     PICTURE_KEY,
     REQUEST,
-    SENSOR,
     STAMP_KEY,
     STATE_VECTOR,
     Effects,
-    Endpoint,
     Job,
     Now,
     Periodic,
     Send,
+    pictures_of,
 )
 from ros_nodes.request import ChunkId, Request
 from vla.embodiment import Embodiment
@@ -62,14 +63,35 @@ from vla.types import NS_PER_S, ActionChunk, Observation, check_instruction
 _FRAMES_KEPT = 8  # per camera: enough to find one that fits the other cameras
 _STATES_KEPT = 64  # 0.13 s at 500 Hz
 _LATENCIES_KEPT = 20_000
-_LATENCIES_SHOWN = 400  # the newest ones make the heartbeat's percentiles
+_CHUNKS_SHOWN = 400  # the newest ones make the heartbeat's percentiles and shares
+_PERCENTILES = (50, 95, 99)
+_T = TypeVar("_T")
+Picture = Image | CompressedImage
+
+
+class _Unreadable(TransportError):
+    """A compressed picture that turns out to be damaged when it is decoded."""
+
+    def __init__(self, camera: str, reason: str):
+        super().__init__(f"{camera}: {reason}")
+        self.camera = camera
+
+
+class _Chunk(NamedTuple):
+    """first_action_ms: from the request's arrival to the chunk's departure, the wait for sensors included."""
+
+    latency_ms: float
+    first_action_ms: float
+    passes: int
+    reused: bool
 
 
 class PolicyCore:
     """policy: what infers. state: joint positions float64[D], in command order, to float32[S]; None when the robot
     publishes its state vector on /state (embodiments without a kinematic model).
 
-    slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation.
+    slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation. compressed: hear
+    sensor_msgs/CompressedImage on `<camera topic>/compressed`; topics that end so are heard so anyway.
     hang_limit_s: an inference that takes longer silences the heartbeat. first_number: of this process's chunks; far
     from those of any other policy, so that the command node can tell them apart. facts: what decides a chunk beside its
     inputs; the heartbeat says it, so that a recording knows (see ros_nodes.policies.facts_of).
@@ -86,6 +108,7 @@ class PolicyCore:
         hang_limit_s: float = 0.5,
         first_number: int = 0,
         facts: Mapping[str, str] | None = None,
+        compressed: bool = False,
     ):
         self._facts = dict(facts or {})
         self._policy, self._state_of = policy, state
@@ -93,31 +116,28 @@ class PolicyCore:
         self._slop_ns, self._max_age_ns = round(slop_s * NS_PER_S), round(max_age_s * NS_PER_S)
         self._hang_ns = round(hang_limit_s * NS_PER_S)
         self._period_ns = round(self._robot.period_s * NS_PER_S)
-        self._cameras = {camera.topic: camera for camera in self._robot.cameras}
+        pictures = [pictures_of(camera.topic, compressed) for camera in self._robot.cameras]
+        self._cameras = {endpoint.topic: camera for endpoint, camera in zip(pictures, self._robot.cameras)}
         source = JOINT_STATES if state is not None else STATE_VECTOR
         self._state_names = self._robot.command_names if state is not None else self._robot.state_names
-        self.subscriptions = (
-            *(Endpoint(topic, Image.type_name, SENSOR) for topic in self._cameras),
-            source,
-            INSTRUCTION,
-            REQUEST,
-        )
+        self.subscriptions = (*pictures, source, INSTRUCTION, REQUEST)
         self.publications = (CHUNK, HEARTBEAT)
         self._beat = Periodic(HEARTBEAT_PERIOD_NS)
-        self._frames: dict[str, deque[tuple[int, np.ndarray]]] = {
+        self._frames: dict[str, deque[tuple[int, Picture]]] = {
             camera.name: deque(maxlen=_FRAMES_KEPT) for camera in self._robot.cameras
         }
         self._states: deque[tuple[int, np.ndarray]] = deque(maxlen=_STATES_KEPT)
         self._instruction = ""
         self._faults: dict[str, str] = {"instruction": "no instruction yet on /vla/instruction"}
         self._waiting: Request | None = None
-        self._waiting_since_ns = 0  # steady time
+        self._waiting_since_ns = self._asked_ns = 0  # steady times: of the request that waits, of the one that runs
         self._running: tuple[Request, int] | None = None
         self._offsets_ns: tuple[int, ...] = ()  # of the observation that is being answered, see ChunkId
         self._episode: int | None = None
         self._previous: tuple[int, InferResult] | None = None
         self._chunks, self._first_number = 0, first_number
         self._latencies_ms: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._recent: deque[_Chunk] = deque(maxlen=_CHUNKS_SHOWN)
         self._last: dict[str, str] = {}
         self._reused: deque[tuple[int, str]] = deque(maxlen=_LATENCIES_KEPT)
         self._refused = 0
@@ -132,7 +152,7 @@ class PolicyCore:
 
     # ---- messages in ----
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
-        if isinstance(message, Image):
+        if isinstance(message, (Image, CompressedImage)):
             self._on_image(topic, message)
         elif isinstance(message, JointState):
             self._on_state(message)
@@ -153,17 +173,21 @@ class PolicyCore:
         self._faults[self._cameras[topic].name if topic in self._cameras else topic] = reason
         return ()
 
-    def _on_image(self, topic: str, message: Image) -> None:
-        camera = self._cameras[topic]
-        if message.pixels.shape[:2] != (camera.height, camera.width):
-            height, width = message.pixels.shape[:2]
+    def _on_image(self, topic: str, message: Picture) -> None:
+        camera, fault = self._cameras[topic], ""
+        try:
+            height, width = message.size
+            if (height, width) != (camera.height, camera.width):
+                remedy = "Set the camera to the policy's size."
+                fault = explain(topic, f"{camera.height}x{camera.width}", f"{height}x{width}", remedy)
+        except TransportError as error:
+            fault = f"{topic}: {error}"
+        if fault:
             self._frames[camera.name].clear()
-            self._faults[camera.name] = explain(
-                topic, f"{camera.height}x{camera.width}", f"{height}x{width}", "Set the camera to the policy's size."
-            )
+            self._faults[camera.name] = fault
             return
         self._faults.pop(camera.name, None)
-        self._frames[camera.name].append((message.stamp_ns, message.rgb()))
+        self._frames[camera.name].append((message.stamp_ns, message))
 
     def _on_state(self, message: JointState) -> None:
         fault = ""
@@ -198,18 +222,18 @@ class PolicyCore:
         if self._waiting is None or self._running is not None or not self._instruction:
             return ()
         request = self._waiting
-        observation = self._observation(request.start_ns, now)
-        if observation is None:
+        found = self._observation(request.start_ns, now)
+        if found is None:
             return ()
-        self._waiting, self._running = None, (request, now.steady_ns)
+        self._waiting, self._running, self._asked_ns = None, (request, now.steady_ns), self._waiting_since_ns
         self._faults.pop("observation", None)
-        return (Job("infer", lambda: self._infer(request, observation)),)
+        return (Job("infer", lambda: self._infer(request, *found)),)
 
-    def _observation(self, not_before_ns: int, now: Now) -> Observation | None:
-        """The newest set of frames and state within `slop`; None, with the reason noted, when there is none."""
+    def _observation(self, not_before_ns: int, now: Now) -> tuple[Observation, dict[str, Picture]] | None:
+        """The newest set of frames and state within `slop`, the pictures beside it as they came; None, with the reason
+        noted, when there is none."""
         first, *others = self._frames.values()
-        nearest: list[np.ndarray] = []
-        for stamp, image in reversed(first):
+        for stamp, picture in reversed(first):
             if stamp < not_before_ns:
                 break
             found = [_closest(frames, stamp, self._slop_ns) for frames in others]
@@ -225,15 +249,18 @@ class PolicyCore:
                 return None
             self._faults.pop("clock", None)
             frames = [f for f in found if f is not None]
-            nearest = [image, *(frame for _, frame in frames)]
+            pictures = dict(zip(self._frames, (picture, *(frame for _, frame in frames))))
             self._offsets_ns = (values[0] - stamp, *(at - stamp for at, _ in frames))
             state = self._state_of(values[1]) if self._state_of is not None else values[1].astype(np.float32)
-            return Observation(dict(zip(self._frames, nearest)), state, self._instruction, stamp)
+            return Observation({}, state, self._instruction, stamp), pictures
         return None
 
-    def _infer(self, request: Request, observation: Observation) -> tuple[InferResult, float]:
+    def _infer(
+        self, request: Request, observation: Observation, pictures: Mapping[str, Picture]
+    ) -> tuple[InferResult, float]:
         """On the worker thread, one at a time: only it touches the policy and the memory of the last chunk."""
         begin = time.perf_counter()
+        observation = replace(observation, images=_decoded(pictures))
         if request.episode != self._episode:
             self._policy.reset(request.seed)
             self._episode, self._previous = request.episode, None
@@ -257,6 +284,13 @@ class PolicyCore:
         assert self._running is not None
         request, _ = self._running
         self._running = None
+        if isinstance(value, _Unreadable):
+            self._frames[value.camera].clear()
+            self._faults["picture"] = str(value)
+            if self._waiting is None:  # the next whole picture answers it
+                self._waiting, self._waiting_since_ns = request, self._asked_ns
+            return self._try_to_infer(now)
+        self._faults.pop("picture", None)
         if isinstance(value, Exception):
             self._refused += 1
             self._faults["inference"] = (
@@ -269,9 +303,11 @@ class PolicyCore:
         self._previous = (number, result)
         self._latencies_ms.append(latency_ms)
         report = result.report
+        first_action_ms = (now.steady_ns - self._asked_ns) / 1e6
+        self._recent.append(_Chunk(latency_ms, first_action_ms, report.passes, bool(report.reused)))
         self._last = {
             "passes": str(report.passes), "repaired": str(report.repaired), "tokens": str(len(report.ids)),
-            "confidence": f"{report.confidence:.3f}", "reused": report.reused,
+            "confidence": f"{report.confidence:.3f}", "reused": report.reused, **_figures(self._recent),
         }  # fmt: skip
         chunk_id = ChunkId(
             request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired,
@@ -296,7 +332,7 @@ class PolicyCore:
         """A request that still waits for sensors after max_age_s: the heartbeat says for which."""
         if now.steady_ns - self._waiting_since_ns < self._max_age_ns:
             return
-        sources = {**self._frames, "joint states": self._states}
+        sources: dict[str, deque[tuple[int, Any]]] = {**self._frames, "joint states": self._states}
         silent = [name for name, items in sources.items() if not items or items[-1][0] < request.start_ns]
         got = f"nothing new of {silent}" if silent else "stamps further apart"
         expected = f"{list(sources)} within {self._slop_ns / NS_PER_S:g} s of each other"
@@ -313,15 +349,12 @@ class PolicyCore:
     def _numbers(self) -> dict[str, str]:
         queue = int(self._waiting is not None) + int(self._running is not None)
         numbers = {"queue": str(queue), "chunks": str(self._chunks), "failed": str(self._refused)}
-        if self._latencies_ms:
-            newest = list(self._latencies_ms)[-_LATENCIES_SHOWN:]
-            for key, share in (("p50", 50), ("p95", 95), ("p99", 99)):
-                numbers[f"latency_ms_{key}"] = f"{np.percentile(newest, share):.2f}"
         for name, frames in self._frames.items():
             if frames:
                 stamp_ns, picture = frames[-1]
                 numbers[STAMP_KEY + name] = str(stamp_ns)
-                numbers[PICTURE_KEY + name] = f"{zlib.crc32(picture[::8, ::8].tobytes()):08x}"
+                content = picture.data if isinstance(picture, CompressedImage) else picture.rgb()[::8, ::8].tobytes()
+                numbers[PICTURE_KEY + name] = f"{zlib.crc32(content):08x}"
         return numbers
 
     def close(self, now: Now) -> Effects:
@@ -337,7 +370,29 @@ class PolicyCore:
         }
 
 
-def _closest(items: deque[tuple[int, np.ndarray]], stamp_ns: int, slop_ns: int) -> tuple[int, np.ndarray] | None:
+def _decoded(pictures: Mapping[str, Picture]) -> dict[str, np.ndarray]:
+    """{camera: uint8[H, W, 3] RGB}"""
+    images = {}
+    for name, picture in pictures.items():
+        try:
+            images[name] = picture.rgb()
+        except TransportError as error:
+            raise _Unreadable(name, str(error)) from error
+    return images
+
+
+def _figures(chunks: Collection[_Chunk]) -> dict[str, str]:
+    """What the heartbeat says of the newest chunks together."""
+    latency, first_action, passes, reused = np.array(chunks, np.float64).T
+    out = {
+        f"{key}_p{share}": f"{value:.2f}"
+        for key, values in (("latency_ms", latency), ("first_action_ms", first_action))
+        for share, value in zip(_PERCENTILES, np.percentile(values, _PERCENTILES))
+    }
+    return {**out, "passes_per_chunk": f"{passes.mean():.2f}", "reuse": f"{reused.mean():.3f}"}
+
+
+def _closest(items: deque[tuple[int, _T]], stamp_ns: int, slop_ns: int) -> tuple[int, _T] | None:
     best = min(items, key=lambda item: abs(item[0] - stamp_ns), default=None)
     return best if best is not None and abs(best[0] - stamp_ns) <= slop_ns else None
 
@@ -358,7 +413,7 @@ def build(options: argparse.Namespace) -> PolicyCore:
         state = Kinematics(policy.embodiment).state
     return PolicyCore(
         policy, state, options.slop, options.max_age, options.hang_limit, secrets.randbits(40) << 10,
-        facts_of(options.policy, run_with),
+        facts_of(options.policy, run_with), options.compressed,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from ros_nodes import settings
-from ros_nodes.messages import DISTROS, Flag, Raw, Text, decode, encode
+from ros_nodes.messages import DISTROS, Flag, Raw, Text, encode
 from ros_nodes.node import (
     CLOCK,
     CONTROL,
@@ -59,7 +59,7 @@ from ros_nodes.node import (
     Send,
 )
 from ros_nodes.rclpy_actions import GoalClient, InstructionServer, interface
-from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold
+from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read
 from vla.errors import TransportError, VlaError
 from vla.files import write_text
 
@@ -285,7 +285,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
                 self._perform(self.core.on_message(topic, Raw(type_name, data), now))
             else:
                 try:
-                    message = decode(type_name, data, self._distro)
+                    message = read(type_name, data, self._distro)
                 except TransportError as error:
                     self._count("rejected", topic)
                     self._perform(self.core.on_reject(topic, str(error), now))
@@ -476,7 +476,9 @@ def _usage(kind: str | None, unknown: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-policy_node, command_node, sim_node, recorder_node = (functools.partial(main, kind) for kind in settings.NODES)
+policy_node, command_node, sim_node, camera_node, recorder_node = (
+    functools.partial(main, kind) for kind in settings.NODES
+)
 
 
 if __name__ == "__main__":

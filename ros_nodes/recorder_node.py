@@ -35,9 +35,7 @@ from ros_nodes.messages import (
     ERROR,
     OK,
     WARN,
-    CompressedImage,
     Diagnostics,
-    Image,
     Message,
     Raw,
     Status,
@@ -67,6 +65,7 @@ from ros_nodes.node import (
     Periodic,
     Quality,
     Send,
+    pictures_of,
 )
 from ros_nodes.outputs import Outputs
 from vla.embodiment import Embodiment
@@ -99,11 +98,7 @@ def robot_topics(robot: Embodiment, compressed: bool = False) -> tuple[Endpoint,
 
     compressed: sensor_msgs/CompressedImage on `<camera topic>/compressed` instead of pictures as they are.
     """
-    cameras = []
-    for camera in robot.cameras:
-        topic = camera.topic + "/compressed" * (compressed and not camera.topic.endswith("/compressed"))
-        kind = CompressedImage.type_name if topic.endswith("/compressed") else Image.type_name
-        cameras.append(Endpoint(topic, kind, _PICTURES))
+    cameras = (pictures_of(camera.topic, compressed, _PICTURES) for camera in robot.cameras)
     vector = (STATE_VECTOR,) if robot.control_mode is ControlMode.OSC_DELTA else ()
     streams = (JOINT_STATES, *vector, *Outputs(robot).endpoints)
     ours = (

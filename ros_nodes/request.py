@@ -64,13 +64,13 @@ class Request:
             raise TransportError(
                 explain("request.v", VERSION, data.get("v"), "Run command and policy node of one release.")
             )
-        numbers = {key: _integer(data, key) for key in _KEYS}
+        numbers = {key: whole(data, key, "request.") for key in _KEYS}
         raw = data.get("committed")
         committed = None
         if raw is not None:
             try:
                 committed = np.array(raw, np.float32)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise TransportError(
                     explain("request.committed", "rows of numbers", str(raw)[:40], "Rows must be equally long.")
                 ) from error
@@ -84,10 +84,11 @@ class Request:
 _KEYS = ("episode", "seed", "number", "start_ns", "infer_seed", "previous", "previous_start_ns", "executed")
 
 
-def _integer(data: dict[str, Any], key: str) -> int:
+def whole(data: dict[str, Any], key: str, prefix: str = "") -> int:
+    """data[key] of a JSON object, a 64-bit integer; TransportError for anything else. prefix: of the key in it."""
     value = data.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise TransportError(explain(f"request.{key}", "a 64-bit integer", repr(value)[:40], "Send every key."))
+        raise TransportError(explain(prefix + key, "a 64-bit integer", repr(value)[:40], "Send every key."))
     return value
 
 

@@ -124,6 +124,7 @@ POLICY = (
     *(Setting(group, "words", "", text) for group, text in GROUPS.items()),
     Setting("threads", "int", 1, "torch CPU threads", 1, 256),
     Setting("embodiment", "text", "", "refuse a policy made for another robot; needed for 'hold'"),
+    Setting("compressed", "flag", False, "hear <camera topic>/compressed, pictures as JPEG or PNG"),
     Setting("slop", "float", 0.02, "largest distance of stamps in one observation", 0.0, 1.0, unit="s"),
     Setting("max_age", "float", 0.5, "oldest usable observation", 0.01, 10.0, unit="s"),
     Setting("hang_limit", "float", 0.5, "inference time that silences the heartbeat", 0.05, 60.0, unit="s"),
@@ -153,6 +154,24 @@ SIM = (
     Setting("rtf", "float", 0.0, "simulated seconds per wall second; 0 is 1, or 0.25 for LIBERO", 0.0, 1.0),
     Setting("policy", "text", "none", "expert: answer requests here", choices=("none", "expert")),
 )
+
+CAMERA = (
+    Setting("source", "text", "/dev/video0", "V4L2 device, or video file"),
+    Setting("embodiment", "text", "", "robot whose camera this is: it says topic and size"),
+    Setting("camera", "text", "", "which of the robot's cameras; nothing is its first"),
+    Setting("topic", "text", "", "of the pictures; nothing is the robot's, else /camera/image_raw"),
+    Setting("frame_id", "text", "", "of the pictures; nothing is the camera's name"),
+    Setting("width", "int", 0, "of the pictures; 0 is the robot's, else the source's", 0, 16384, unit="pixels"),
+    Setting("height", "int", 0, "of the pictures; 0 is the robot's, else the source's", 0, 16384, unit="pixels"),
+    Setting("resize", "flag", False, "scale pictures of another size"),
+    Setting("rate", "float", 0.0, "asked of the device, or at which the file is played; 0 is its own", 0.0, 1000.0,
+            unit="Hz"),
+    Setting("loop", "flag", False, "play the file again and again"),
+    Setting("pixel_format", "text", "", "asked of the device, such as mjpeg or yuyv422; nothing is what it gives"),
+    Setting("transport", "text", "raw", "pictures as they are, JPEG on <topic>/compressed, or both",
+            choices=("raw", "compressed", "both")),
+    Setting("quality", "int", 90, "of JPEG", 1, 95),
+)  # fmt: skip
 
 RECORDER = (
     _ROBOT,
@@ -187,6 +206,7 @@ NODES = {
     "policy": NodeKind("vla_policy", "ros_nodes.policy_node", POLICY),
     "command": NodeKind("vla_command", "ros_nodes.command_node", COMMAND),
     "sim": NodeKind("vla_sim", "ros_nodes.sim_node", SIM),
+    "camera": NodeKind("vla_camera", "ros_nodes.camera_node", CAMERA),
     "recorder": NodeKind("vla_recorder", "ros_nodes.recorder_node", RECORDER),
 }
 

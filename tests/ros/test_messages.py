@@ -17,6 +17,7 @@ RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 4), np.uint8)
 EXAMPLES: list[m.Message] = [
     *(m.Image(1_700_000_000_123_456_789, "cam", name, PIXELS[..., :c].copy()) for name, c in m.CHANNELS.items()),
+    m.CompressedImage(6, "cam", "rgb8; jpeg compressed bgr8", bytes(range(1, 12))),
     m.JointState(5, ("a", "joint_2"), np.array([1.0, np.nan]), np.array([0.1, 0.2]), frame_id="base"),
     m.Text("grüß den roten Würfel"),
     m.Text(""),

@@ -20,6 +20,7 @@ lists them. Ctrl-C ends all nodes; the exit code is 0 when each ended cleanly.
 examples:
   vla launch sim env:=tabletop
   vla launch robot bundle:=tabletop robot:=tabletop
+  vla launch camera source:=/dev/video2 robot:=so101 camera:=wrist
   vla launch record robot:=tabletop wait:=true"""
 RESPAWN_DELAY_S = 1.0
 _POLL_S = 0.1
