@@ -36,9 +36,12 @@ _MAX_BLOCKING_NS = 20_000_000  # a reliable KEEP_LAST writer does not block; thi
 _WAIT_NS = 200_000_000
 _JOIN_S = 5.0
 _TAKE = 16
+_TAKES = 8  # in a row from one topic: a flood on it must not keep the receive thread from the others
 _TRANSITS_KEPT = 4000
+_MOST_ENDPOINTS = 10_000
 
 try:
+    from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication, BuiltinTopicDcpsSubscription
     from cyclonedds.core import (
         DDSException,
         GuardCondition,
@@ -205,7 +208,7 @@ class Subscription:
         return int(self._reader.get_sample_lost_status().total_count)
 
     def _drain(self) -> None:
-        while True:
+        for _ in range(_TAKES):
             samples = ddspy_take(self._reader._ref, _ANY, _TAKE)
             if isinstance(samples, int):
                 return
@@ -335,6 +338,16 @@ class Participant:
                 explain("cyclonedds raw access", "a message sent to ourselves", repr(got)[:80], f"Install {PINNED}.")
             )
         del self._topics[(topic, Text.type_name)]
+
+    def endpoints(self) -> list[tuple[str, str, bool]]:
+        """(topic, type name, whether it writes) of what others have on ROS topics, as far as known by now."""
+        out = []
+        for topic, writes in ((BuiltinTopicDcpsPublication, True), (BuiltinTopicDcpsSubscription, False)):
+            for sample in BuiltinDataReader(self._participant, topic).take(_MOST_ENDPOINTS):
+                name, kind = sample.topic_name or "", (sample.type_name or "").replace("::dds_::", "::")
+                if name.startswith("rt/") and sample.participant_key != self._participant.guid:
+                    out.append((name[2:], kind.removesuffix("_").replace("::", "/"), writes))
+        return out
 
     # ---- inside ----
     def _topic(self, name: str, type_name: str) -> Any:

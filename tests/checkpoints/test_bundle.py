@@ -23,7 +23,7 @@ def edit(path, change, rehash: bool = True) -> None:
     content = json.loads((path / bundles.MARKER).read_text())
     change(content)
     if rehash:
-        body = {key: value for key, value in content.items() if key != "hashes"}
+        body = {key: value for key, value in content.items() if key not in ("hashes", bundles.DATA)}
         content["hashes"]["content"] = bundles._sha256_json(body)
     (path / bundles.MARKER).write_text(json.dumps(content))
 
@@ -131,3 +131,31 @@ def test_a_bundle_from_before_there_were_registers_loads_and_is_written_as_it_wa
     bundle = bundles.load(shipped)
     assert bundle.config.registers is None
     assert bundles.save(bundle, tmp_path / "again") == bundle.fingerprint
+
+
+def test_what_the_data_looks_like_travels_with_the_bundle_and_is_no_part_of_its_identity(copy, tmp_path) -> None:
+    first = bundles.load(copy)
+    assert first.data is not None and list(first.data.cameras) == ["agentview", "wrist"]  # as `vla train` made it
+    without = dataclasses.replace(first, data=None)
+    assert bundles.save(without, tmp_path / "without") == first.fingerprint
+    assert bundles.load(tmp_path / "without").data is None and bundles.read_data(tmp_path / "without") is None
+    weights = (tmp_path / "without" / bundles.WEIGHTS).read_bytes()
+    bundles.describe_data(tmp_path / "without", first.data)
+    again = bundles.load(tmp_path / "without")
+    assert again.fingerprint == first.fingerprint and again.data.to_dict() == first.data.to_dict()
+    assert (tmp_path / "without" / bundles.WEIGHTS).read_bytes() == weights
+
+
+def test_changed_data_and_data_of_another_robot_are_refused(copy) -> None:
+    content = bundles.load(copy).data
+    with pytest.raises(BundleError, match="that it was trained on"):
+        bundles.describe_data(copy, dataclasses.replace(content, state=dict(list(content.state.items())[1:])))
+    edit(copy, lambda c: c["data"]["state"]["ee_x"].update(max=9.0))
+    with pytest.raises(BundleError, match="sha256"):
+        bundles.load(copy)
+
+
+def test_the_shipped_policy_knows_what_its_data_looked_like() -> None:
+    bundle = bundles.load(bundle_path("tabletop"))
+    assert bundle.fingerprint.startswith("aa4648748bdf")  # the same policy as before it was told
+    assert list(bundle.data.cameras) == ["agentview", "wrist"] and bundle.data.state["gripper"].first_min > 0.07

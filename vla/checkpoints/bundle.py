@@ -1,6 +1,7 @@
 """A bundle: everything a policy needs, in one folder, complete or refused.
 
-    bundle.json         family, format_version, model config, embodiment, normalisation, tokenizers, and sha256 hashes
+    bundle.json         family, format_version, model config, embodiment, normalisation, tokenizers, and sha256 hashes;
+                        what the training data looks like, where that is known
     model.safetensors   weights (EMA weights when training kept them)
 
 The config is plain data with unknown fields forbidden; it is rebuilt through CONSTRUCTORS below, never through a class
@@ -25,9 +26,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vla.data.content import DataContent
 from vla.data.normalize import Normalizer
 from vla.embodiment import Embodiment
 from vla.errors import BundleError, VlaError, explain, nearest
+from vla.files import write_text
 from vla.models.heads import HeadConfig
 from vla.models.pruning import RegisterConfig
 from vla.models.transformer import ExpertConfig, TransformerConfig
@@ -44,6 +47,8 @@ _KEYS = {
     "family", "format_version", "model", "embodiment", "state_normalizer", "action_normalizer", "action_tokenizers",
     "text_tokenizer", "observation_offsets", "training", "hashes",
 }  # fmt: skip
+# What the data looks like decides no chunk: it has a hash of its own, and a bundle that gets it stays the one it was.
+DATA = "data"
 
 
 @dataclass
@@ -51,7 +56,8 @@ class Bundle:
     """A model with all that turns observations into its inputs and its outputs into actions.
 
     action_tokenizers: by head, for the heads that make tokens. observation_offsets: past frames that the policy wants,
-    in steps (0 is now). training: how it was made, plain data.
+    in steps (0 is now). training: how it was made, plain data. data: what its training data looks like, None where that
+    is not known.
     """
 
     model: Vla
@@ -63,6 +69,7 @@ class Bundle:
     observation_offsets: tuple[int, ...] = (0,)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
+    data: DataContent | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -85,10 +92,9 @@ class Bundle:
                 raise BundleError(explain(key, expected, got, "The parts of this bundle are from different models."))
         for head in config.heads:
             if head.vocab and head.vocab != self.action_tokenizers[head.name].vocab_size:
-                got = f"a tokenizer of {self.action_tokenizers[head.name].vocab_size}"
-                raise BundleError(
-                    explain(f"heads.{head.name}", f"{head.vocab} tokens", got, "It was trained with another tokenizer.")
-                )
+                other = f"a tokenizer of {self.action_tokenizers[head.name].vocab_size}"
+                remedy = "It was trained with another tokenizer."
+                raise BundleError(explain(f"heads.{head.name}", f"{head.vocab} tokens", other, remedy))
         for camera in config.cameras:
             if camera.name not in self.embodiment.camera_names:
                 raise BundleError(
@@ -122,7 +128,9 @@ def save(bundle: Bundle, path: str | Path) -> str:
             "training": _plain(bundle.training),
         }
         content["hashes"] = {WEIGHTS: _sha256_file(temporary / WEIGHTS), "content": _sha256_json(content)}
-        (temporary / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+        if bundle.data is not None:
+            _add_data(content, bundle.data)
+        (temporary / MARKER).write_text(_text(content))
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
         if path.exists():
             # What stands beside the two files (a card, a curve) belongs to the user: keep it.
@@ -136,6 +144,31 @@ def save(bundle: Bundle, path: str | Path) -> str:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(content["hashes"]["content"])
+
+
+def describe_data(path: str | Path, data: DataContent) -> None:
+    """Write what the training data looks like into a bundle folder, in place of what it says of it; the weights and the
+    bundle's hash stay as they are. BundleError for a bundle that is not whole or has other cameras or state."""
+    content = read_content(path)
+    robot = Embodiment.from_dict(content["embodiment"])
+    cameras = [camera["name"] for camera in content["model"]["cameras"]]
+    if not set(data.cameras) <= set(cameras) or tuple(data.state) != robot.state_names:
+        expected, got = (cameras, list(robot.state_names)), (list(data.cameras), list(data.state))
+        remedy = "Take the data that it was trained on."
+        raise BundleError(explain(f"{path}: cameras and state of the data", expected, got, remedy))
+    _add_data(content, data)
+    write_text(Path(path) / MARKER, _text(content))
+
+
+def _add_data(content: dict[str, Any], data: DataContent) -> None:
+    content[DATA] = data.to_dict()
+    content["hashes"][DATA] = _sha256_json(content[DATA])
+
+
+def read_data(path: str | Path) -> DataContent | None:
+    """What the training data of a bundle folder looks like, without loading its weights; None where it is not known."""
+    content = read_content(path)
+    return DataContent.from_dict(content[DATA]) if DATA in content else None
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
@@ -159,11 +192,12 @@ def read_content(path: str | Path) -> dict[str, Any]:
         raise BundleError(
             explain(f"{marker}: format_version", FORMAT_VERSION, content.get("format_version"), "Update vla-stack.")
         )
-    _check_keys(str(marker), content, _KEYS)
-    body = {key: value for key, value in content.items() if key != "hashes"}
+    _check_keys(str(marker), content, _KEYS | {DATA}, {DATA})
+    body = {key: value for key, value in content.items() if key not in ("hashes", DATA)}
     for name, expected, got in (
         ("content", content["hashes"].get("content"), _sha256_json(body)),
         (WEIGHTS, content["hashes"].get(WEIGHTS), _sha256_file(weights)),
+        (DATA, content["hashes"].get(DATA), _sha256_json(content[DATA]) if DATA in content else None),
     ):
         if expected != got:
             raise BundleError(
@@ -190,6 +224,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
             tuple(content["observation_offsets"]),
             content["training"],
             content["hashes"]["content"],
+            DataContent.from_dict(content[DATA]) if DATA in content else None,
         )
         return bundle.check()
     except BundleError:
@@ -256,6 +291,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _sha256_json(data: Any) -> str:

@@ -1,4 +1,4 @@
-"""`vla doctor`: what is found, what is missing, and the remedy. Exit code 0 when the base install is usable."""
+"""`vla doctor`: what is found, what is missing, and the remedy; of this machine, or of a robot's live topics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vla.cli import doctor_live
+
+EPILOG = """With --robot, the topics of a robot instead of this machine; nothing is published and nothing moves.
+Exit code: 0 when everything the base install needs is found, or no check of the robot failed; 1 otherwise.
+
+examples:
+  vla doctor                                                      this machine
+  vla doctor --robot panda --live                                 topics, types, rates, names, stamps, sizes
+  vla doctor --robot panda --live --policy outputs/mine/bundle    and: do cameras and joints look as in training?
+  vla doctor --robot panda --shadow --policy outputs/mine/bundle --seconds 60    while an operator drives"""
 FOUND, MISSING, BROKEN = "found", "missing", "broken"
 
 # Renders two pixels' worth of scene; runs in a child because a wrong GL library can abort the process.
@@ -47,10 +57,13 @@ class Check:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     parser.add_argument("--only", metavar="CHECK", choices=sorted(CHECKS), help=f"one check: {', '.join(CHECKS)}")
-    parser.epilog = "exit code: 0 when everything the base install needs is found, 1 otherwise"
+    parser.epilog = EPILOG
+    doctor_live.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.robot or args.live or args.shadow:
+        return doctor_live.run(args)
     checks = examine([args.only] if args.only else None)
     usable = all(check.state == FOUND for check in checks if check.required)
     if args.json:

@@ -28,7 +28,7 @@ class Command:
 
 COMMANDS = (
     Command(("demo",), "vla.cli.demo", "run a policy in simulation over real ROS 2 topics and write a report"),
-    Command(("doctor",), "vla.cli.doctor", "what is found, what is missing, and the remedy"),
+    Command(("doctor",), "vla.cli.doctor", "what is missing on this machine, or wrong on a robot's topics"),
     Command(("info",), "vla.cli.info", "show what a trained bundle is, and check its files"),
     Command(("collect",), "vla.cli.collect", "record demonstrations of the scripted experts (Hydra overrides)"),
     Command(("train",), "vla.cli.train", "train a policy on a data set (Hydra overrides)"),
@@ -39,6 +39,7 @@ COMMANDS = (
     Command(("convert",), "vla.cli.convert", "make a data set of recordings"),
     Command(("replay",), "vla.cli.replay", "run the loop on a recording and name the first action that differs"),
     Command(("calibrate", "exit"), "vla.cli.calibrate_exit", "early exits of a decoder, fitted to a policy"),
+    Command(("calibrate", "content"), "vla.cli.calibrate_content", "what training data looks like, into its bundle"),
     Command(("setup", "libero"), "vla.cli.setup_libero", "install the LIBERO and robosuite parts, point at the assets"),
     Command(("bench", "decode"), "vla.cli.bench_decode", "every decoder over one policy: passes, time, success"),
     Command(("bench", "tokens"), "vla.cli.bench_tokens", "tokens per second of action: bins, FAST+, FAST on our data"),

@@ -136,7 +136,8 @@ class CameraEncoder(nn.Module):
             )
         x = images.permute(0, 3, 1, 2).to(self.coordinates.dtype) / 127.5 - 1.0
         x = torch.cat((x, self.coordinates.expand(len(x), -1, -1, -1)), dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        if len(x) > 1 or x.is_cuda:  # on a CPU a single picture would be copied back before each small convolution
+            x = x.contiguous(memory_format=torch.channels_last)
         points: tuple[Tensor, ...] = ()
         for i, (shrink, block) in enumerate(zip(self.shrink, self.blocks)):
             x = block(shrink(x), self.films[str(i)](text) if str(i) in self.films and text is not None else None)

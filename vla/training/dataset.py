@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from vla.data.content import DataContent, content_of
 from vla.data.frames import FrameStore
 from vla.data.lerobot import LeRobotDataset
 from vla.data.normalize import Normalizer
@@ -144,6 +146,12 @@ class TrainingData:
             self.states[self._keyframe_rows[order]],
             self._looks(order),
         )
+
+    @cached_property
+    def content(self) -> DataContent:
+        """What pictures and states of this data set look like; after `prepare`."""
+        names = self.embodiment.state_names
+        return content_of(self.dataset, tuple(self.images), names, np.unique(self.train_frames), self.images.take)
 
     def _looks(self, frames: np.ndarray) -> np.ndarray:
         episodes = np.asarray(self.dataset.episode_of)[frames]

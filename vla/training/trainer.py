@@ -182,7 +182,7 @@ class Trainer:
         }
         return Bundle(
             model, self.data.embodiment, self.data.state_normalizer, self.data.action_normalizer, self.tokenizers,
-            self.text_tokenizer, (0,), training,
+            self.text_tokenizer, (0,), training, data=self.data.content,
         )  # fmt: skip
 
     def _ask_teachers(self, start: Bundle | None) -> dict[str, FixedPoints]:
