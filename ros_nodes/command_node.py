@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ros_nodes import entry
+from ros_nodes.faults import Faults
 from ros_nodes.messages import (
     ERROR,
     OK,
@@ -58,7 +59,7 @@ from ros_nodes.node import (
     Send,
 )
 from ros_nodes.outputs import Outputs
-from ros_nodes.request import ChunkId, Request
+from ros_nodes.request import ChunkId, Request, whole
 from ros_nodes.watch import Watch
 from vla.embodiment import Embodiment, Output
 from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
@@ -121,7 +122,8 @@ class CommandCore:
         self._asked: tuple[int, int] | None = None  # (number, stamp) of the open request
         self._open_until: int | None = None  # steady time until which this period waits for its chunk
         self._policy_number = -1
-        self._faults: dict[str, str] = {}
+        self._faults = Faults()
+        self._saving = False
         self._last_reason: Reason | None = None
         self._stops: list[dict[str, Any]] = []
         self._commands = 0
@@ -138,22 +140,26 @@ class CommandCore:
             self._on_heartbeat(message, now)
         elif isinstance(message, Flag):
             self._on_flag(topic, message.data, now)
-        elif topic == SIM_STATUS.topic and isinstance(message, Text):
-            effects = self._guarded(topic, message, self._on_episode, now)
-        elif topic == CONTROL.topic and isinstance(message, Text):
-            effects = self._guarded(topic, message, self._on_control, now)
+        elif isinstance(message, Text):
+            handle = self._on_episode if topic == SIM_STATUS.topic else self._on_control
+            effects = self._guarded(topic, message, handle, now)
         return (*effects, *self._control(now))
 
     def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
         if not reason:  # an action server that refused goals takes them again
             self._faults.pop(topic, None)
             return ()
-        self._faults[topic] = reason
+        if any(topic == endpoint.topic for endpoint in self.subscriptions):
+            self._faults.reject(topic, reason, now)
+        else:
+            self._faults[topic] = reason
         if topic == EMERGENCY_STOP.topic:  # whoever sent it meant something, and it can only have been one thing
             self._on_flag(topic, True, now)
         return self._control(now)
 
     def on_result(self, name: str, value: Any, now: Now) -> Effects:
+        self._saving = False
+        self._faults.pop(name, None)
         if isinstance(value, Exception):
             self._faults[name] = f"{type(value).__name__}: {value}"
         return (Send(CONTROL_STATUS.topic, Text.of(saved=str(value), episode=self._episode_number())),)
@@ -163,15 +169,15 @@ class CommandCore:
             effects: Effects = handle(message.object(), now)
             self._faults.pop(topic, None)
             return effects
-        except (TransportError, KeyError, TypeError, ValueError) as error:
-            self._faults[topic] = f"{topic}: {type(error).__name__}: {error}"
+        except (TransportError, KeyError, TypeError, ValueError, OverflowError) as error:
+            self._faults[topic] = f"{topic}: {type(error).__name__}: {error}"[:400]
             return ()
 
     def _on_heartbeat(self, message: Status, now: Now) -> None:
         """A sign of life. A policy that is back from a silence, or says several times in a row that it has nothing to
         do, does not know of our request: restarted, or the message was lost. It is asked again at once."""
         away = self._beat_ns is not None and now.received_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS
-        self._beat_ns, self._policy_says = now.received_ns, message.message
+        self._beat_ns, self._policy_says = now.received_ns, message.message[:400]
         self._idle_beats = self._idle_beats + 1 if message.values.get("queue") == "0" else 0
         if away:
             self._loop.scheduler.new_sender()
@@ -226,28 +232,31 @@ class CommandCore:
             self._open_until = 0
 
     def _on_episode(self, data: dict[str, Any], now: Now) -> Effects:
-        number = int(data["episode"])
+        number = whole(data, "episode")
         if data["state"] == "running" and number != self._episode_number():
-            self._begin(number, int(data["seed"]), str(data.get("instruction", "")), int(data["start_ns"]))
+            self._begin(number, whole(data, "seed"), str(data.get("instruction", "")), whole(data, "start_ns"))
         elif data["state"] == "done" and number == self._episode_number():
-            self._finish(bool(data["success"]), int(data["steps"]), str(data.get("family", "")), now)
+            self._finish(bool(data["success"]), whole(data, "steps"), str(data.get("family", "")), now)
             return (self._status(now),)
         return ()
 
     def _on_control(self, data: dict[str, Any], now: Now) -> Effects:
         operation = str(data.get("op", ""))
         if operation == "go":
-            self._begin(int(data["episode"]), int(data["seed"]), str(data.get("instruction", "")), now.stamp_ns)
+            words = str(data.get("instruction", ""))
+            self._begin(whole(data, "episode"), whole(data, "seed"), words, now.stamp_ns)
         elif operation == "stop":
             self._loop.request_stop()
         elif operation == "resume":
             self.resume()
         elif operation == "done":
-            self._finish(bool(data.get("success", False)), int(data.get("steps", 0)), "", now)
+            steps = whole(data, "steps") if "steps" in data else 0
+            self._finish(bool(data.get("success", False)), steps, "", now)
         elif operation == "save":
-            return (Job("save", self.save),)
+            saving, self._saving = self._saving, True
+            return () if saving else (Job("save", self.save),)
         else:
-            raise TransportError(f"op {operation!r} is unknown. {nearest(operation, OPERATIONS)}")
+            raise TransportError(f"op {operation[:40]!r} is unknown. {nearest(operation[:40], OPERATIONS)}")
         return (self._status(now),)
 
     # ---- episodes ----
@@ -295,6 +304,8 @@ class CommandCore:
         self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
         if self._beat_ns is not None and not self._silent:
             self.next_tick_ns = min(self.next_tick_ns, max(self._beat_ns + HEARTBEAT_TIMEOUT_NS, now.steady_ns))
+        if (left_ns := self._watch.joints_left_ns(now)) > 0:
+            self.next_tick_ns = min(self.next_tick_ns, now.steady_ns + left_ns)
         return effects
 
     def _control(self, now: Now) -> Effects:
@@ -390,7 +401,7 @@ class CommandCore:
         decision = self._loop.last[1] if self._phase == "running" else None
         reasons = [] if decision is None or not decision.reason else [decision.reason.text]
         level = ERROR if decision is not None and decision.verdict is Verdict.STOP else WARN if reasons else OK
-        faults = self._faults | self._watch.faults(now, self._phase == "running")
+        faults = self._faults.shown(now) | self._watch.faults(now, self._phase == "running")
         if faults:
             level = max(level, WARN)
         values = {**faults, "policy": self._policy_says, "phase": self._phase}
@@ -452,10 +463,10 @@ def build_core(
     capacity: int = 1 << 18,
     **watch: Any,
 ) -> CommandCore:
-    """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take. watch: further
-    keyword arguments of CommandCore."""
+    """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take. capacity: rows
+    of the trace, 0 for none. watch: further keyword arguments of CommandCore."""
     scheduler = SequentialScheduler(execute) if sequential else OverlappedScheduler(execute, lead)
-    trace = Trace(embodiment, capacity, capacity // 8)
+    trace = Trace(embodiment, capacity, max(1, capacity // 8)) if capacity else None
     return CommandCore(control_loop(embodiment, scheduler, trace), out, slot_wait_s, **watch)
 
 
@@ -464,9 +475,7 @@ def build(options: argparse.Namespace) -> CommandCore:
     from vla.resources import load_embodiment
 
     robot = load_embodiment(options.embodiment)
-    changes: dict[str, Any] = {}
-    if options.urdf:
-        changes["urdf"] = options.urdf
+    changes: dict[str, Any] = {"urdf": options.urdf} if options.urdf else {}
     if options.robot_model:
         changes["robot_model"] = str(Path(options.robot_model).resolve())
     if options.output:
@@ -475,15 +484,10 @@ def build(options: argparse.Namespace) -> CommandCore:
             raise ConfigError(explain("output_topic", "the topic or action to send to", "none", "Name it."))
         changes["outputs"] = (Output(topic, options.output, timeout_s=options.driver_timeout),)
     return build_core(
-        replace(robot, **changes),
-        Path(options.out) if options.out else None,
-        options.execute,
-        options.lead,
-        options.sequential,
-        options.slot_wait,
-        deadman=options.deadman,
+        replace(robot, **changes), Path(options.out) if options.out else None, options.execute, options.lead,
+        options.sequential, options.slot_wait, 1 << 18 if options.out else 0, deadman=options.deadman,
         camera_timeout_s=options.camera_timeout,
-    )
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -221,7 +221,7 @@ class Graph:
                 [sys.executable, "-m", *self._commands[name], *common],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
             )  # fmt: skip
-        if self._realtime and hasattr(os, "sched_setscheduler"):
+        if self._realtime and name in _PRIORITY and hasattr(os, "sched_setscheduler"):
             with contextlib.suppress(OSError):  # threads of the node inherit it, as none is running yet
                 os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY[name]))
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ros_nodes.messages import CompressedImage, Image, Message, decode
 from ros_nodes.node import Effects, Job, NodeCore, Now
+from vla.errors import TransportError, explain
 
 CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
 # The receive thread must get the interpreter while the core computes: the default of 5 ms is our whole budget.
@@ -18,6 +20,14 @@ JOB_END_S = 3.0  # how long a job may go on after the end was asked for
 # From the signal on; then the process writes where its threads are to stderr, and ends. A long trace needs a while.
 EXIT_LIMIT_S = 45.0
 HOLD_LIMIT_S = 1.0  # how long a brake may take before publishing ends
+MAX_BYTES = 1 << 18  # of a message that is no picture: reading a longer one would keep the core from its timer
+
+
+def read(type_name: str, data: bytes, distro: str) -> Message:
+    """`decode`, and TransportError for messages too long to be read in a control period."""
+    if len(data) > MAX_BYTES and type_name not in (Image.type_name, CompressedImage.type_name):
+        raise TransportError(explain(type_name, f"at most {MAX_BYTES} bytes", len(data), "Check the publisher."))
+    return decode(type_name, data, distro)
 
 
 class GraphClock:

@@ -64,7 +64,8 @@ MAX_CATCH_UP = 5  # slices run at once after a delay; beyond it the arm loses ti
 SETTLE_NS = 100_000_000  # after a reset: commands meant for the last episode may still be on their way
 STEP_GAP_NS = 15_000_000
 STATUS_PERIOD_NS = 500_000_000
-_RESET_KEYS = ("episode", "seed", "task", "instruction", "swap", "goal", "init_state")
+_OPTIONS: dict[str, type] = {"task": str, "instruction": str, "swap": bool, "goal": str, "init_state": int}
+_RESET_KEYS = ("episode", "seed", *_OPTIONS)
 _RESULT_KEYS = ("moved", "object", "family")
 
 
@@ -114,7 +115,7 @@ class SimCore:
         self._status: dict[str, Any] = {"state": "idle", "episode": -1}
         self._steps = self._received = self._refused = self._chunks = 0
         self._request: Request | None = None  # to the expert
-        self._wanted: dict[str, Any] = {}
+        self._wanted: dict[str, int] = {}  # episode and seed of the last reset that was asked for
         self._next_reset: Text | None = None
         self._busy = False  # the environment is in the hands of the worker thread
         self._started: tuple[int, int] | None = None  # (stamp, steady) of the first slice, for the measured factor
@@ -171,15 +172,17 @@ class SimCore:
         if self._busy:
             self._next_reset = message
             return ()
+        self._wanted = {}
         try:
-            self._wanted = message.object()
-            self._wanted["episode"], seed = _integer(self._wanted, "episode"), _integer(self._wanted, "seed")
-            for key in self._wanted:
+            wanted = message.object()
+            self._wanted["episode"] = _integer(wanted, "episode")
+            self._wanted["seed"] = seed = _integer(wanted, "seed")
+            for key in wanted:
                 if key not in _RESET_KEYS:
-                    raise TransportError(f"{RESET.topic}: unknown key {key!r}. {nearest(key, _RESET_KEYS)}")
+                    raise TransportError(f"{RESET.topic}: unknown key {key[:40]!r}. {nearest(key[:40], _RESET_KEYS)}")
+            options = {k: _option(wanted, k) for k in _OPTIONS if wanted.get(k) is not None}
         except TransportError as error:
             return self._began(error, now)
-        options = {k: self._wanted[k] for k in _RESET_KEYS[2:] if self._wanted.get(k) is not None}
         if not self._sliced:
             self._busy = True
             return (Job("reset", lambda: self._reset(seed, options)),)
@@ -356,6 +359,13 @@ def _integer(data: dict[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
         raise TransportError(explain(f"{RESET.topic} {key}", "a whole number from 0", repr(value)[:40], "Send both."))
     return value
+
+
+def _option(data: dict[str, Any], key: str) -> Any:
+    if type(data[key]) is not _OPTIONS[key]:
+        got = repr(data[key])[:40]
+        raise TransportError(explain(f"{RESET.topic} {key}", _OPTIONS[key].__name__, got, "Leave it out."))
+    return data[key]
 
 
 def build(options: argparse.Namespace) -> SimCore:

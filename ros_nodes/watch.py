@@ -5,6 +5,7 @@ It is told what arrives and answers with one reason, the weightiest. Times are t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +19,15 @@ from vla.runtime.scheduler import MAX_GAP
 from vla.types import NS_PER_S
 
 DEADMAN_TIMEOUT_NS = 150_000_000
+JOINT_STATE_TIMEOUT_NS = 150_000_000  # as the gate's: it judges once in a control period, which may be too late
 STRANGER_NS = 1_000_000_000  # how long the arm waits after the last chunk of a second policy
+REPLACED_NS = 3_000_000_000  # after the last chunk of the first policy, the second one is the only one
 JUMP_TOLERANCE = 0.05  # rad or m: noise, and joint states that were late
 JUMP_FACTOR = 2.0  # times the velocity limit: faster than that, a joint state is not motion
+UNIT_REACH = 1.0  # rad or m beyond the limits, or the range once more: further out it is no such joint in no such unit
 LATE_PERIODS = 2  # a camera that is slow by itself, or on a busy machine, may be late by so many of its own periods
 _MOST_LATE_NS = 400_000_000
+_STAMP = re.compile(r"-?[0-9]{1,19}")
 _TOLD_KEPT = 12
 FROZEN_TRAVEL = 0.05  # rad or m: after that much motion of one joint, a camera's picture must have changed
 
@@ -54,11 +59,15 @@ class Watch:
     def __init__(self, robot: Embodiment, deadman: bool = False, camera_timeout_s: float = 0.15) -> None:
         self._camera_names, self._deadman = robot.camera_names, deadman
         self._joint_names = tuple(joint.name for joint in robot.joints)
+        lower, upper = (np.array([getattr(j, side) for j in robot.joints]) for side in ("lower", "upper"))
+        reach = np.maximum(upper - lower, UNIT_REACH)
+        self._range = (lower - reach, upper + reach)
         self._fastest = JUMP_FACTOR * np.array([joint.max_velocity for joint in robot.joints])
         self._camera_timeout_ns, self._period_ns = round(camera_timeout_s * NS_PER_S), round(robot.period_s * NS_PER_S)
         self._stopped = self._pressed = self.ending = False
         self._held_ns: int | None = None  # when the deadman switch last said true
         self._speaker: int | None = None  # number of the last chunk of the policy that is heard
+        self._spoke_ns = 0  # steady time of that chunk
         self._told_ns = 0  # stamp of the last heartbeat
         self._stranger_ns: int | None = None  # when the last chunk of a second policy came
         self.acted = Reason.NONE
@@ -97,12 +106,15 @@ class Watch:
         if not missing and len(message.positions) == len(message.names):
             order = [index[name] for name in self._joint_names]
             positions = message.positions[order]
-            if np.all(np.isfinite(positions)):
+            if not np.all(np.isfinite(positions)):
+                fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
+            elif np.any(positions < self._range[0]) or np.any(positions > self._range[1]):
+                fault = explain("joint states", "rad and m in reach of the limits", positions, "Check the units.")
+            else:
                 velocities = message.velocities[order] if len(message.velocities) == len(message.names) else None
                 self._note_jump(message.stamp_ns, positions)
                 self.joints, self._joint_fault = (message.stamp_ns, positions, velocities), ""
                 return
-            fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
         self.joints, self._joint_fault, self._event = None, fault, Reason.JOINT_STATE_INVALID
 
     def _note_jump(self, stamp_ns: int, positions: np.ndarray) -> None:
@@ -123,6 +135,10 @@ class Watch:
     def stranger(self, number: int, now: Now) -> bool:
         """A chunk of this number is not of the policy that is alive, but of a second one."""
         if self._speaker is None or abs(number - self._speaker) <= MAX_GAP:
+            self._spoke_ns = now.steady_ns
+            return False
+        if now.steady_ns - self._spoke_ns >= REPLACED_NS:
+            self.new_sender()
             return False
         self._stranger_ns = now.steady_ns
         return True
@@ -136,9 +152,9 @@ class Watch:
         self._told_ns = now.stamp_ns - (now.steady_ns - now.received_ns)
         for name in self._camera_names:
             stamp, picture = heartbeat.values.get(STAMP_KEY + name), heartbeat.values.get(PICTURE_KEY + name, "")
-            if stamp is None or not stamp.lstrip("-").isdecimal():
+            if stamp is None or not _STAMP.fullmatch(stamp):
                 continue
-            stamp_ns, known = int(stamp[:20]), self._cameras.get(name)
+            stamp_ns, known = int(stamp), self._cameras.get(name)
             told = () if known is None else known.told
             if known is None or stamp_ns != known.stamp_ns:
                 told = (*told, stamp_ns)[-_TOLD_KEPT:]
@@ -159,7 +175,15 @@ class Watch:
             return Reason.DEADMAN
         if self._two_policies(now):
             return Reason.SECOND_POLICY
-        return self._event or (Reason.CAMERA if self._blind(now) else Reason.NONE)
+        if self._event:
+            return self._event
+        if self.joints is not None and self.joints_left_ns(now) <= 0:
+            return Reason.JOINT_STATE_STALE
+        return Reason.CAMERA if self._blind(now) else Reason.NONE
+
+    def joints_left_ns(self, now: Now) -> int:
+        """How long the newest joint state may still be used, without another one; 0 for none."""
+        return 0 if self.joints is None else self.joints[0] + JOINT_STATE_TIMEOUT_NS - now.stamp_ns
 
     def act(self, now: Now) -> Reason:
         """`doubt`, which is now acted upon: what one message did is dealt with."""

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ros_nodes.messages import DISTROS, Clock, Raw, decode, encode
+from ros_nodes.messages import DISTROS, Clock, Raw, encode
 from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Send
-from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold
+from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read
 from ros_nodes.wire import Participant, Publisher
 from vla.errors import ConfigError, TransportError, explain
 from vla.files import write_text
@@ -127,7 +127,7 @@ class WheelShell:
             self._perform(self.core.on_message(topic, raw, self.clock.now(received_ns)))
             return
         try:
-            message = decode(self._types[topic], data, self._distro)
+            message = read(self._types[topic], data, self._distro)
         except TransportError as error:
             self._count("rejected", topic)
             self._perform(self.core.on_reject(topic, str(error), self.clock.now(received_ns)))

@@ -109,13 +109,13 @@ class TabletopEnvironment(gymnasium.Env):
         super().reset(seed=seed)
         rng = np.random.default_rng(int(self._seeds.integers(2**62)) if seed is None else seed)
         family = task if task != "all" else self.families[int(rng.integers(len(self.families)))]
-        self.layout = tasks.sample(family, rng)
-        self.goal = self.layout.goals[0]
-        if swap:
-            self.goal = self.layout.swapped()
+        layout = tasks.sample(family, rng)
+        goal = layout.swapped() if swap else layout.goals[0]
         if wanted is not None:
-            self.goal = self.layout.goal_for(wanted)
-        self._instruction = check_instruction(text) if text is not None else self.layout.instruction(self.goal)
+            goal = layout.goal_for(wanted)
+        instruction = check_instruction(text) if text is not None else layout.instruction(goal)
+        # All at once: a reset that is refused leaves the scene as it was.
+        self.layout, self.goal, self._instruction = layout, goal, instruction
         home = np.array(self.embodiment.home)
         start = self.kinematics.forward(home)[0] + rng.uniform(-_HOME_JITTER_M, _HOME_JITTER_M)
         self._target = self.kinematics.locate(start, home)

@@ -58,6 +58,11 @@ class ImageRow:
     format: str
 
 
+def _zeros(shape: int | tuple[int, ...], dtype: Any = np.float64) -> np.ndarray:
+    """Written once, so that the memory is there from the start and not taken page by page in the control loop."""
+    return np.full(shape, 0, dtype)
+
+
 class Trace:
     """Rows of one run. `capacity` ticks; what comes after is counted in `dropped_rows`, never reallocated.
 
@@ -76,27 +81,27 @@ class Trace:
         self.inference_capacity = capacity if inference_capacity is None else inference_capacity
         joints = len(embodiment.command_names)
         self.rows = self.inferences = self.dropped_rows = 0
-        self.tick_ns = np.zeros(capacity, np.int64)
-        self.due_ns = np.zeros(capacity, np.int64)
-        self.action = np.zeros((capacity, embodiment.action_dim))
-        self.command = np.zeros((capacity, joints))
-        self.measured = np.zeros((capacity, joints))
-        self.verdict = np.zeros(capacity, np.uint8)
-        self.reason = np.zeros(capacity, np.uint8)
-        self.chunk = np.zeros(capacity, np.int32)
-        self.index = np.zeros(capacity, np.int32)
+        self.tick_ns = _zeros(capacity, np.int64)
+        self.due_ns = _zeros(capacity, np.int64)
+        self.action = _zeros((capacity, embodiment.action_dim))
+        self.command = _zeros((capacity, joints))
+        self.measured = _zeros((capacity, joints))
+        self.verdict = _zeros(capacity, np.uint8)
+        self.reason = _zeros(capacity, np.uint8)
+        self.chunk = _zeros(capacity, np.int32)
+        self.index = _zeros(capacity, np.int32)
         self.stamp_ns = np.full(capacity, -1, np.int64)
-        self.late_ns = np.zeros(capacity, np.int64)
-        self.cost_us = np.zeros(capacity, np.float32)
-        self.missed = np.zeros(capacity, np.int32)
+        self.late_ns = _zeros(capacity, np.int64)
+        self.cost_us = _zeros(capacity, np.float32)
+        self.missed = _zeros(capacity, np.int32)
         slots = self.inference_capacity
-        self.infer_stamp_ns = np.zeros(slots, np.int64)
-        self.infer_start_ns = np.zeros(slots, np.int64)
-        self.infer_end_ns = np.zeros(slots, np.int64)
-        self.infer_ms = np.zeros(slots, np.float64)
-        self.infer_passes = np.zeros(slots, np.int32)
-        self.infer_repaired = np.zeros(slots, np.int32)
-        self.infer_accepted = np.zeros(slots, np.bool_)
+        self.infer_stamp_ns = _zeros(slots, np.int64)
+        self.infer_start_ns = _zeros(slots, np.int64)
+        self.infer_end_ns = _zeros(slots, np.int64)
+        self.infer_ms = _zeros(slots, np.float64)
+        self.infer_passes = _zeros(slots, np.int32)
+        self.infer_repaired = _zeros(slots, np.int32)
+        self.infer_accepted = _zeros(slots, np.bool_)
         self.episodes: list[EpisodeRow] = []
         self.images: list[ImageRow] = []
         self._shift_ns = self._last_ns = 0
