@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ros_nodes.graph import free_domain
 from ros_nodes.messages import Image, JointState, Text, Values, decode, encode
-from ros_nodes.node import CONTROL, INSTRUCTION, JOINT_STATES, SENSOR, Endpoint
+from ros_nodes.node import CONTROL, INSTRUCTION, JOINT_STATES, SENSOR, STATE, Endpoint
 from ros_nodes.shell import CLOCK_OFFSET_VARIABLE, GraphClock
 from ros_nodes.wire import Participant
 from vla.embodiment import Embodiment
@@ -94,10 +94,10 @@ def run_robot(robot: Embodiment, domain: int, seconds: float) -> None:
         received_ns.append(at_ns)
 
     with Participant("robot", domain=domain) as participant:
-        commands = participant.subscribe(robot.command_topic, Values.type_name, JOINT_STATES.quality, take)
+        commands = participant.subscribe(robot.command_topic, Values.type_name, STATE, take)
         ends = [Endpoint(camera.topic, Image.type_name, SENSOR) for camera in robot.cameras]
         cameras = [participant.publisher(e.topic, e.type_name, e.quality) for e in ends]
-        joints = participant.publisher(JOINT_STATES.topic, JOINT_STATES.type_name, JOINT_STATES.quality)
+        joints = participant.publisher(JOINT_STATES.topic, JOINT_STATES.type_name, STATE)
         words = participant.publisher(INSTRUCTION.topic, INSTRUCTION.type_name, INSTRUCTION.quality)
         control = participant.publisher(CONTROL.topic, CONTROL.type_name, CONTROL.quality)
         participant.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 
 from vla.checkpoints import bundle as bundles
 from vla.checkpoints.bundle import Bundle
-from vla.data.transforms import resize
+from vla.data.transforms import fits, fitted, resize
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import DecodeInput, Decoder, Grammar
 from vla.embodiment import Embodiment
-from vla.errors import BundleError, ObservationError, explain
+from vla.errors import BundleError, ConfigError, ObservationError, explain
 from vla.models.pruning import TokenSelection
 from vla.policy import DecodeReport, InferContext, InferResult
 from vla.types import ActionChunk, Observation
@@ -53,10 +54,11 @@ class VlaPolicy:
         threads: int | None = None,
         selection: TokenSelection | None = None,
     ) -> VlaPolicy:
-        """Load a bundle folder. threads: torch CPU threads of this process (None leaves them as they are)."""
+        """Load a bundle folder. device: see `device_named`. threads: torch CPU threads of this process (None leaves
+        them as they are)."""
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(bundles.load(path, device), decoder, selection)
+        return cls(bundles.load(path, str(device_named(device))), decoder, selection)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -150,18 +152,34 @@ class VlaPolicy:
             )
         image = observation.images[camera]
         wanted = self.embodiment.camera(camera)
-        if image.dtype != np.uint8 or image.shape != (wanted.height, wanted.width, 3):
+        if image.dtype != np.uint8 or image.shape[2:] != (3,) or not fits(*image.shape[:2], wanted):
             raise ObservationError(
                 explain(
                     f"camera {camera!r}",
-                    f"uint8[{wanted.height}, {wanted.width}, 3]",
+                    f"uint8[{wanted.height}, {wanted.width}, 3], or larger in that proportion",
                     f"{image.dtype}{list(image.shape)}",
                     "Publish the camera at the size the bundle was trained with.",
                 )
             )
-        return resize(image, size, size)
+        return resize(fitted(image, wanted), size, size)
+
+
+def device_named(name: str) -> torch.device:
+    """cpu, cuda or cuda:N; auto is the GPU where there is one. ConfigError for one that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise ValueError("an unknown name")
+        return torch.empty(0, device=name).device
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last from a torch without CUDA
+        got = f"{name!r}: {str(error).splitlines()[0].rstrip('.')}"
+        raise ConfigError(
+            explain("device", "auto, cpu, or cuda or cuda:N that is there", got, "See `vla doctor`; cpu always works.")
+        ) from error
 
 
 def _mix(a: int, b: int) -> int:
     """Two seeds into one, stable across processes."""
-    return int(np.random.SeedSequence([a & (2**63 - 1), b & (2**63 - 1)]).generate_state(1, np.uint64)[0] >> 1)
+    mixed = np.random.SeedSequence([a & (2**63 - 1), b & (2**63 - 1)]).generate_state(1, np.uint64)
+    return int(mixed[0]) >> 1  # numpy 1 cannot shift its own number by a Python one

@@ -4,12 +4,13 @@
 
 Each control period it asks the policy for a chunk when the scheduler wants one, turns the due action into a joint
 command through the control loop (tool limits, inverse kinematics, gate) and publishes it as the robot's driver takes it
-(ros_nodes/outputs.py). The policy's heartbeat is timed by its arrival on this machine's monotonic clock: after 150 ms
+(ros_nodes/outputs.py). The policy's heartbeat is timed by its arrival on this machine's monotonic clock: after 120 ms
 of silence the arm brakes, even if actions are still due, and goes on when the policy is back.
 
 It also brakes, and says why, when joint states are late, jump, lose a joint or are not finite; when a camera is silent
 or shows the same picture while the arm moves (the policy's heartbeat tells); when two policies answer; when the clock
-jumps back; when the deadman switch is released, where one is asked for; and at /vla/estop, until the operator resumes.
+is set or jumps back; when the deadman switch is released, where one is asked for; and at /vla/estop, until the operator
+resumes.
 What is noticed between two control periods is acted upon at once. Every reason is on /diagnostics and in the trace.
 Collisions with itself or with the room are not its business: that is a planner's.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ros_nodes import entry
-from ros_nodes.faults import Faults
+from ros_nodes.faults import Faults, Stops
 from ros_nodes.messages import (
     ERROR,
     OK,
@@ -46,7 +47,6 @@ from ros_nodes.node import (
     DIAGNOSTICS,
     EMERGENCY_STOP,
     HEARTBEAT,
-    HEARTBEAT_TIMEOUT_NS,
     IDLE_BEATS,
     JOINT_STATES,
     REQUEST,
@@ -72,7 +72,6 @@ from vla.runtime.summary import late_actions, stop_reasons, summarize
 from vla.runtime.trace import EpisodeRow, Trace
 from vla.types import NS_PER_S
 
-MAX_STOPS_KEPT = 1000
 POLL_NS = 10_000_000  # how often the watchdog looks between control periods
 STATUS_PERIOD_NS = 200_000_000
 OPERATIONS = ("go", "stop", "resume", "done", "save")
@@ -84,8 +83,9 @@ class CommandCore:
     slot_wait_s: a request made at the start of a control period may be answered this long into it before the period
     goes on without. 0 for policies that infer while the last chunk runs; for policies that plan one action at a time
     (scripted experts) it must cover their answer. deadman: move only while /vla/deadman says true, at least every
-    150 ms. camera_timeout_s: how late the next picture of a camera may be, counted from when it should have come;
-    heartbeats that tell no stamps of pictures are not held to it. horizon_s: of trajectories, see ros_nodes/outputs.py.
+    100 ms. estop_required: move only when /vla/estop was heard to say false. camera_timeout_s: how late the next
+    picture of a camera may be, counted from when it should have come; heartbeats that tell no stamps of pictures are
+    not held to it. horizon_s: of trajectories, see ros_nodes/outputs.py.
     """
 
     name = "vla_command"
@@ -96,7 +96,8 @@ class CommandCore:
         out: Path | None = None,
         slot_wait_s: float = 0.0,
         deadman: bool = False,
-        camera_timeout_s: float = 0.15,
+        estop_required: bool = False,
+        camera_timeout_s: float = 0.14,
         horizon_s: float = 0.1,
     ):
         self._loop, self._out = loop, out
@@ -110,14 +111,13 @@ class CommandCore:
         self.next_tick_ns = 0
         self._slots = Periodic(self._period_ns)
         self._reports = Periodic(STATUS_PERIOD_NS)
-        self._beat_ns: int | None = None  # steady time of the last heartbeat
         self._policy_says = ""
         self._idle_beats = 0  # since the open request was sent
         self._episode: dict[str, Any] | None = None
         self._success = False  # of the last episode
         self._phase = "idle"  # idle, armed (an episode is announced), running
         self._last_ns = 0
-        self._silent = False
+        self._set_ns = 0  # of the graph's clock, as far as it is dealt with
         self._requests = 0
         self._asked: tuple[int, int] | None = None  # (number, stamp) of the open request
         self._open_until: int | None = None  # steady time until which this period waits for its chunk
@@ -125,12 +125,13 @@ class CommandCore:
         self._faults = Faults()
         self._saving = False
         self._last_reason: Reason | None = None
-        self._stops: list[dict[str, Any]] = []
+        self._stops = Stops()
         self._commands = 0
-        self._watch = Watch(self._robot, deadman, camera_timeout_s)
+        self._watch = Watch(self._robot, deadman, estop_required, camera_timeout_s)
 
     # ---- messages in ----
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
+        self._follow_clock(now)
         effects: Effects = ()
         if isinstance(message, JointState):
             self._watch.on_joints(message)
@@ -176,8 +177,7 @@ class CommandCore:
     def _on_heartbeat(self, message: Status, now: Now) -> None:
         """A sign of life. A policy that is back from a silence, or says several times in a row that it has nothing to
         do, does not know of our request: restarted, or the message was lost. It is asked again at once."""
-        away = self._beat_ns is not None and now.received_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS
-        self._beat_ns, self._policy_says = now.received_ns, message.message[:400]
+        away, self._policy_says = self._watch.beat(now), message.message[:400]
         self._idle_beats = self._idle_beats + 1 if message.values.get("queue") == "0" else 0
         if away:
             self._loop.scheduler.new_sender()
@@ -189,13 +189,9 @@ class CommandCore:
 
     def _on_flag(self, topic: str, value: bool, now: Now) -> None:
         if topic == EMERGENCY_STOP.topic:
-            self.estop(value)
+            self._watch.estop(value)
         elif topic == DEADMAN.topic:
             self._watch.deadman(value, now.received_ns)
-
-    def estop(self, pressed: bool) -> None:
-        """What /vla/estop does, for shells with services."""
-        self._watch.estop(pressed)
 
     def resume(self) -> None:
         """Ends an operator's stop and an emergency stop that is no longer pressed; TransportError for one that is."""
@@ -216,7 +212,7 @@ class CommandCore:
         if self._asked is None or identity.request != self._asked[0]:
             self._faults["chunk"] = "a chunk that answers no open request: is a second policy running?"
             return
-        report = DecodeReport(passes=identity.passes, repaired=identity.repaired)
+        report = DecodeReport(passes=identity.passes, repaired=identity.repaired, notes=dict(identity.notes))
         refused = self._loop.scheduler.submit(InferResult(chunk, report), now.stamp_ns, identity.number)
         if self._loop.trace is not None:
             self._loop.trace.inference(
@@ -302,13 +298,25 @@ class CommandCore:
         next_ns = {"running": self._slots.next_ns, "armed": self._start_ns()}.get(self._phase, now.stamp_ns + POLL_NS)
         to_slot = next_ns - now.stamp_ns
         self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
-        if self._beat_ns is not None and not self._silent:
-            self.next_tick_ns = min(self.next_tick_ns, max(self._beat_ns + HEARTBEAT_TIMEOUT_NS, now.steady_ns))
-        if (left_ns := self._watch.joints_left_ns(now)) > 0:
-            self.next_tick_ns = min(self.next_tick_ns, now.steady_ns + left_ns)
+        self.next_tick_ns = min(self.next_tick_ns, self._watch.next_ns(now))
         return effects
 
+    def _follow_clock(self, now: Now) -> None:
+        """When the wall clock was set, what was stamped and planned before it moves along, and a running arm brakes."""
+        by_ns, self._set_ns = now.set_ns - self._set_ns, now.set_ns
+        if not by_ns:
+            return
+        self._watch.clock_set(by_ns)
+        if self._episode is not None:
+            self._episode["start_ns"] += by_ns
+        if self._phase == "running":
+            self._slots.next_ns += by_ns
+            self._last_ns += by_ns
+            self._asked = self._open_until = None
+            self._loop.clock_set(by_ns, now.stamp_ns)
+
     def _control(self, now: Now) -> Effects:
+        self._follow_clock(now)
         if self._phase == "armed":
             self._start_if_ready(now)
         if self._phase != "running":
@@ -327,9 +335,7 @@ class CommandCore:
                 self._open_until = now.steady_ns + self._wait_ns
                 return request
             return (*request, *self._act(now))
-        # Silence, and any other doubt, is acted upon when it is noticed, not at the next period.
-        if self._beat_ns is not None and not self._silent and now.steady_ns - self._beat_ns >= HEARTBEAT_TIMEOUT_NS:
-            return self._act(now)
+        # A doubt is acted upon when it is noticed, not at the next period.
         if self._watch.doubt(now) not in (Reason.NONE, self._watch.acted):
             return self._act(now)
         return ()
@@ -349,9 +355,7 @@ class CommandCore:
 
     def _act(self, now: Now) -> Effects:
         """One tick of the loop and its command."""
-        if self._beat_ns is not None:
-            silence_ns = now.steady_ns - self._beat_ns
-            self._silent = silence_ns >= HEARTBEAT_TIMEOUT_NS
+        if (silence_ns := self._watch.silence_ns(now)) is not None:
             self._loop.heartbeat(now.stamp_ns - silence_ns)
         stamp, positions, velocities = self._watch.joints or (None, None, None)
         self._loop.hold(self._watch.act(now))
@@ -362,17 +366,10 @@ class CommandCore:
         if decision is not None and decision.reason is not self._last_reason:
             self._last_reason = decision.reason
             if decision.verdict is Verdict.STOP and decision.reason is not Reason.WAITING:
-                self._note_stop(decision.reason, now)
+                silence_ns = self._watch.silence_ns(now)
+                self._stops.note(self._episode_number(), decision.reason, silence_ns, now.stamp_ns)
                 effects += [self._status(now), self._diagnostics(now)]
         return effects
-
-    def _note_stop(self, reason: Reason, now: Now) -> None:
-        silence = None if self._beat_ns is None else round((now.steady_ns - self._beat_ns) / 1e6, 1)
-        if len(self._stops) < MAX_STOPS_KEPT:
-            episode = self._episode_number()
-            self._stops.append(
-                {"episode": episode, "reason": reason.text, "silence_ms": silence, "stamp_ns": now.stamp_ns}
-            )
 
     # ---- reports ----
     def _status(self, now: Now) -> Send:
@@ -420,9 +417,13 @@ class CommandCore:
         self._watch.ending = True
         return self._control(now)
 
-    def release(self) -> None:
-        """The shell speaks again."""
+    def leave(self, now: Now) -> Effects:
+        """The shell falls silent and may speak again: the episode is over, and another one takes an operator."""
         self._watch.ending = False
+        if self._phase == "idle":
+            return ()
+        self._finish(False, 0, "", now)
+        return (self._status(now),)
 
     @property
     def held(self) -> bool:
@@ -486,7 +487,7 @@ def build(options: argparse.Namespace) -> CommandCore:
     return build_core(
         replace(robot, **changes), Path(options.out) if options.out else None, options.execute, options.lead,
         options.sequential, options.slot_wait, 1 << 18 if options.out else 0, deadman=options.deadman,
-        camera_timeout_s=options.camera_timeout,
+        estop_required=options.estop_required, camera_timeout_s=options.camera_timeout,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ros_nodes.node import JOINT_STATES, STATE_VECTOR, Endpoint, Now, Quality, p
 from ros_nodes.outputs import Outputs
 from vla.data import content as known
 from vla.data.content import DataContent
+from vla.data.transforms import fits
 from vla.embodiment import Camera, Embodiment
 from vla.errors import TransportError, nearest
 from vla.types import NS_PER_S
@@ -214,10 +215,10 @@ def _present(name: str, live: Live, topic: str, graph: Mapping[str, Topic]) -> F
 
 
 def _format(name: str, camera: Camera, live: Live) -> Finding:
-    expected, sizes = f"{camera.height}x{camera.width}", live.sizes[camera.name]
+    expected, sizes = f"{camera.height}x{camera.width}, or larger in that proportion", live.sizes[camera.name]
     kinds = ", ".join(live.encodings[camera.name])
     got = ", ".join(f"{height}x{width}" for height, width in sizes)
-    if set(sizes) == {(camera.height, camera.width)}:
+    if sizes and all(fits(*size, camera) for size in sizes):
         return Finding(f"{name} pictures", OK, expected, f"{got}, {kinds}")
     remedy = "Set the camera to this size, or correct the robot's file and train for it."
     return Finding(f"{name} pictures", WRONG, expected, f"{got}, {kinds}", remedy)

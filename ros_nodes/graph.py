@@ -100,7 +100,7 @@ class Graph:
     """Simulator, policy and command node of one robot.
 
     env, task: of sim.environment. policy: "expert", "hold", a bundle folder or a shipped bundle's name. out: results,
-    logs and statistics. parts: what a bundle is run with, by name, see policies.parts.
+    logs and statistics. parts: what a bundle is run with, by name, see policies.parts. device: where it runs.
     execute, lead: of the scheduler. domain: None for a free one. realtime: run the nodes with real-time priority
     (SCHED_RR) where the user may, for machines busy with other work. on_image(camera, stamp_ns, rgb uint8[H, W, 3]) is
     called on the receive thread with pictures of `watch` (camera names).
@@ -121,6 +121,7 @@ class Graph:
         real_time_factor: float | None = None,
         domain: int | None = None,
         threads: int = 1,
+        device: str = "cpu",
         realtime: bool = False,
         watch: tuple[str, ...] = (),
         on_image: Callable[[str, int, np.ndarray], None] | None = None,
@@ -153,7 +154,7 @@ class Graph:
         }
         if not expert:
             robot = ["--embodiment", robot_name]
-            options = ["--policy", policy, *robot, "--threads", str(threads), *sim_time]
+            options = ["--policy", policy, *robot, "--threads", str(threads), "--device", device, *sim_time]
             options += command_line(parts or {})
             self._commands["policy"] = ["ros_nodes.policy_node", *options]
         self._watch, self._on_image, self._restart = watch, on_image, restart

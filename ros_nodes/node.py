@@ -36,9 +36,12 @@ class Quality:
 
 
 SENSOR = Quality(reliable=False, depth=5)  # images; the ROS sensor-data profile
-# Joint states, commands, chunks. A best-effort writer never matches a reliable reader, and stock controllers read
-# reliably, so what they may want is written reliably. 50 deep: 0.1 s of 500 Hz joint states outlast a busy machine.
+# Commands, chunks, joint states of a simulated arm. A best-effort writer never matches a reliable reader, and stock
+# controllers read reliably, so what they may want is written reliably.
 STATE = Quality(reliable=True, depth=50)
+# Read side of joint states: drivers that publish them as sensor data (micro-ROS, SensorDataQoS) are heard as well as
+# reliable ones. 50 deep: 0.1 s of 500 Hz outlast a busy machine.
+STREAM = Quality(reliable=False, depth=50)
 LATEST = Quality(reliable=False, depth=1)  # read side of what is only worth its newest value, such as /clock
 LATCHED = Quality(reliable=True, depth=1, latched=True)  # instruction, episode status
 
@@ -73,17 +76,19 @@ EMERGENCY_STOP = Endpoint("/vla/estop", Flag.type_name)
 DEADMAN = Endpoint("/vla/deadman", Flag.type_name)  # true, again and again, while a hand is on the switch
 RESET = Endpoint("/sim/reset", Text.type_name)  # operator -> simulator: {"episode", "seed", "task", ...}
 SIM_STATUS = Endpoint("/sim/status", Text.type_name, LATCHED)
-JOINT_STATES = Endpoint("/joint_states", JointState.type_name)
+JOINT_STATES = Endpoint("/joint_states", JointState.type_name, STREAM)
 # The proprioceptive state vector itself, as JointState with the state_names: for robots whose state cannot be
 # computed from joint positions here, because no kinematic model ships with them.
-STATE_VECTOR = Endpoint("/state", JointState.type_name)
+STATE_VECTOR = Endpoint("/state", JointState.type_name, STREAM)
 RECORD = Endpoint("/vla/record", Text.type_name)  # operator -> recorder: one of recorder_node.MARKS
 RECORD_STATUS = Endpoint("/vla/record/status", Text.type_name, LATCHED)  # recorder: what it writes, what it lost
 CLOCK = Endpoint("/clock", Clock.type_name, LATEST)
 DIAGNOSTICS = Endpoint("/diagnostics", Diagnostics.type_name)
 
 HEARTBEAT_PERIOD_NS = 50_000_000
-HEARTBEAT_TIMEOUT_NS = 150_000_000
+# Without a sign of life for as long, the arm brakes: of the policy, of the joint states (by their stamps), of a deadman
+# switch. Braking shall begin within 150 ms, on a busy machine too, and two heartbeats may be lost.
+SILENCE_NS = 120_000_000
 IDLE_BEATS = 3  # heartbeats in a row that say "nothing to do" while a request is open: it, or its answer, was lost
 
 
@@ -95,11 +100,14 @@ STAMP_KEY, PICTURE_KEY = "stamp_ns/", "picture/"
 class Now(NamedTuple):
     """stamp_ns: the graph's time (ROS time; simulated when /clock is followed): stamps and due times.
     steady_ns: CLOCK_MONOTONIC of this machine: watchdogs and timers, which must run on when simulated time stands.
-    received_ns: steady time at which the message arrived here, which may be earlier; 0 in timer calls."""
+    received_ns: steady time at which the message arrived here, which may be earlier; 0 in timer calls.
+    set_ns: by how much the wall clock was set since the start, forwards or back; what was stamped before lies so much
+    further from stamp_ns than time has passed."""
 
     stamp_ns: int
     steady_ns: int
     received_ns: int = 0
+    set_ns: int = 0
 
     @property
     def came_ns(self) -> int:

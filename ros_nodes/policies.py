@@ -16,17 +16,26 @@ from vla.resources import BUNDLE_MARKER, bundle_path, is_address, load_embodimen
 
 
 def load_policy(
-    name: str, embodiment: str | None = None, threads: int | None = None, parts: Parts | None = None
+    name: str,
+    embodiment: str | None = None,
+    threads: int | None = None,
+    parts: Parts | None = None,
+    device: str = "cpu",
 ) -> Policy:
     """name: a bundle folder, the name of a shipped bundle, the ws:// address of `vla serve`, "hold", or a .npy file
     with action chunks float[N, T, A] to play one after the other. embodiment: the robot; a bundle must have been made
     for it, the others need it.
-    threads: CPU threads of torch in this process. parts: what a bundle is run with; the others take none.
+    threads: CPU threads of torch in this process. parts: what a bundle is run with; the others take none. device: where
+    a bundle runs, see `device_named` of policies.vla_policy.
 
-    Raises BundleError for a bundle that is incomplete, EmbodimentMismatch for one of another robot.
+    Raises BundleError for a bundle that is incomplete, EmbodimentMismatch for one of another robot, ConfigError for a
+    device that is not there.
     """
     robot = None if embodiment is None else load_embodiment(embodiment)
     parts = parts or Parts()
+    if device not in ("auto", "cpu") and not _is_bundle(name):
+        remedy = "Leave it out; the device of a remote policy is its server's."
+        raise ConfigError(explain("device", "a bundle to run there", repr(name), remedy))
     if name == "hold" or name.endswith(".npy"):
         if robot is None:
             raise ConfigError(explain("embodiment", f"a robot for {name!r}", "none", "Pass --embodiment."))
@@ -39,17 +48,18 @@ def load_policy(
         from policies.remote.attach import attached
 
         return attached(name, robot, parts)[0]
-    policy, inner = parts.load(bundle_path(name), threads=threads)
+    policy, inner = parts.load(bundle_path(name), device, threads)
     if robot is not None:
         robot.require_same(policy.embodiment, f"robot {robot.name!r} and policy {name!r}")
     inner.warm_up()
     return policy
 
 
-def facts_of(name: str, parts: Parts) -> dict[str, str]:
-    """What decides the chunks of `load_policy(name, parts=parts)` beside their inputs, as text: the hash of the bundle,
-    the configs of its parts, the version of torch. {} for policies without weights and for those elsewhere."""
-    if name == "hold" or name.endswith(".npy") or is_address(name):
+def facts_of(name: str, parts: Parts, device: str = "cpu") -> dict[str, str]:
+    """What decides the chunks of `load_policy(name, parts=parts, device=device)` beside their inputs, as text: the hash
+    of the bundle, the configs of its parts, the version of torch, cpu or which GPU. {} for policies without weights and
+    for those elsewhere."""
+    if not _is_bundle(name):
         return {}
     record = Path(bundle_path(name)) / BUNDLE_MARKER
     content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -57,7 +67,21 @@ def facts_of(name: str, parts: Parts) -> dict[str, str]:
         "bundle": str(content.get("hashes", {}).get("content", "")),
         "parts": json.dumps(parts.describe(), sort_keys=True),
         "torch": metadata.version("torch"),
+        "device": _device(device),
     }
+
+
+def _is_bundle(name: str) -> bool:
+    return not (name == "hold" or name.endswith(".npy") or is_address(name))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from policies.vla_policy import device_named
+
+    device = device_named(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _hold(robot: Embodiment) -> Policy:

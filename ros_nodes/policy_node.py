@@ -4,9 +4,10 @@
 
 It answers requests of the command node: the newest synchronised observation that is not older than the request asks
 for goes to the policy, on a worker thread, which also decodes its pictures where they come compressed. Inputs that
-cannot be used (a camera of another size, a damaged picture, NaN, a missing joint, no instruction) give no chunk; the
-heartbeat says why, and the node goes on. The heartbeat is sent by the thread that also receives, 20 times a second, and
-stays silent while one inference hangs for longer than `hang_limit_s`; docs/ros2.md says what its values are.
+cannot be used (a camera too small or of another proportion, a damaged picture, NaN, a missing joint, no instruction)
+give no chunk; the heartbeat says why, and the node goes on. The heartbeat is sent by the thread that also receives, 20
+times a second, and stays silent while one inference hangs for longer than `hang_limit_s`; docs/ros2.md says what its
+values are.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from ros_nodes.node import (
     pictures_of,
 )
 from ros_nodes.request import ChunkId, Request
+from vla.data.transforms import fits, fitted
 from vla.embodiment import Embodiment
 from vla.errors import ObservationError, TransportError, VlaError, explain
 from vla.policy import InferContext, InferResult, Policy, infer
@@ -67,6 +69,7 @@ _CHUNKS_SHOWN = 400  # the newest ones make the heartbeat's percentiles and shar
 _PERCENTILES = (50, 95, 99)
 _T = TypeVar("_T")
 Picture = Image | CompressedImage
+NOTE_KEY = "note."  # in the heartbeat: what the decoder tells of the last chunk
 
 
 class _Unreadable(TransportError):
@@ -177,9 +180,9 @@ class PolicyCore:
         camera, fault = self._cameras[topic], ""
         try:
             height, width = message.size
-            if (height, width) != (camera.height, camera.width):
-                remedy = "Set the camera to the policy's size."
-                fault = explain(topic, f"{camera.height}x{camera.width}", f"{height}x{width}", remedy)
+            if not fits(height, width, camera):
+                expected = f"{camera.height}x{camera.width}, or larger in that proportion"
+                fault = explain(topic, expected, f"{height}x{width}", "Set the camera to the policy's size.")
         except TransportError as error:
             fault = f"{topic}: {error}"
         if fault:
@@ -260,7 +263,7 @@ class PolicyCore:
     ) -> tuple[InferResult, float]:
         """On the worker thread, one at a time: only it touches the policy and the memory of the last chunk."""
         begin = time.perf_counter()
-        observation = replace(observation, images=_decoded(pictures))
+        observation = replace(observation, images=_decoded(pictures, self._robot))
         if request.episode != self._episode:
             self._policy.reset(request.seed)
             self._episode, self._previous = request.episode, None
@@ -308,10 +311,11 @@ class PolicyCore:
         self._last = {
             "passes": str(report.passes), "repaired": str(report.repaired), "tokens": str(len(report.ids)),
             "confidence": f"{report.confidence:.3f}", "reused": report.reused, **_figures(self._recent),
+            **{f"{NOTE_KEY}{name}": f"{value:.6g}" for name, value in report.notes.items()},
         }  # fmt: skip
         chunk_id = ChunkId(
             request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired,
-            self._offsets_ns,
+            self._offsets_ns, tuple(report.notes.items()),
         )  # fmt: skip
         if report.reused:
             self._reused.append((self._chunks, report.reused))
@@ -370,12 +374,12 @@ class PolicyCore:
         }
 
 
-def _decoded(pictures: Mapping[str, Picture]) -> dict[str, np.ndarray]:
-    """{camera: uint8[H, W, 3] RGB}"""
+def _decoded(pictures: Mapping[str, Picture], robot: Embodiment) -> dict[str, np.ndarray]:
+    """{camera: uint8[H, W, 3] RGB}, at the camera's size"""
     images = {}
     for name, picture in pictures.items():
         try:
-            images[name] = picture.rgb()
+            images[name] = fitted(picture.rgb(), robot.camera(name))
         except TransportError as error:
             raise _Unreadable(name, str(error)) from error
     return images
@@ -403,7 +407,7 @@ def build(options: argparse.Namespace) -> PolicyCore:
     from ros_nodes.policies import facts_of, load_policy
 
     run_with = parts.Parts.named(parts.named_in(options))
-    policy = load_policy(options.policy, options.embodiment or None, options.threads, run_with)
+    policy = load_policy(options.policy, options.embodiment or None, options.threads, run_with, options.device)
     state: Callable[[np.ndarray], np.ndarray] | None = None
     if policy.embodiment.state_is_joints:
         state = policy.embodiment.joint_state_vector
@@ -413,7 +417,7 @@ def build(options: argparse.Namespace) -> PolicyCore:
         state = Kinematics(policy.embodiment).state
     return PolicyCore(
         policy, state, options.slop, options.max_age, options.hang_limit, secrets.randbits(40) << 10,
-        facts_of(options.policy, run_with), options.compressed,
+        facts_of(options.policy, run_with, options.device), options.compressed,
     )  # fmt: skip
 
 

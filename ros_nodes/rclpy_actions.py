@@ -97,6 +97,7 @@ class InstructionServer:
         self._node, self._action, self._tell = node, action, tell
         self._episodes = itertools.count(1 << 20)  # far from those of a simulator
         self._status: dict[str, Any] = {}
+        self._abandoned = ""
         self._changed = Future()
         self._busy = False
         # Both of these publish and answer while a goal runs, so they cannot be in the core's exclusive group.
@@ -125,9 +126,19 @@ class InstructionServer:
     def notice(self, effect: Send) -> None:
         """The core publishes something."""
         if effect.topic == CONTROL_STATUS.topic and isinstance(effect.message, Text):
-            self._status = effect.message.object()
-            changed, self._changed = self._changed, Future()
-            changed.set_result(None)
+            status = effect.message.object()
+            if "phase" in status:  # else it says where a trace was saved
+                self._status = status
+                self._wake()
+
+    def abandon(self, reason: str) -> None:
+        """Nobody will go on with the goal that runs: it is aborted."""
+        self._abandoned = reason
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, Future()
+        changed.set_result(None)
 
     def _on_goal(self, goal: Any) -> GoalResponse:
         try:
@@ -145,7 +156,7 @@ class InstructionServer:
             self._busy = False
 
     async def _run(self, handle: Any) -> Any:
-        goal, begin = handle.request, time.monotonic()
+        goal, begin, self._abandoned = handle.request, time.monotonic(), ""
         episode = next(self._episodes)
         self._words.publish(interface("std_msgs/msg/String")(data=goal.instruction))
         seed = int(goal.seed) % 2**62
@@ -158,6 +169,9 @@ class InstructionServer:
         while True:
             await self._changed
             status = self._status
+            if self._abandoned:
+                handle.abort()
+                return self._result(False, self._abandoned, begin)
             if status.get("episode") != episode:
                 handle.abort()
                 return self._result(False, "another episode began", begin)
@@ -174,7 +188,7 @@ class InstructionServer:
         """Brake, and end the episode at rest."""
         self._tell(CONTROL.topic, Text.of(op="stop"))
         end = time.monotonic() + _STOP_LIMIT_S
-        while not self._node.core.held and time.monotonic() < end:
+        while not self._abandoned and not self._node.core.held and time.monotonic() < end:
             await self._changed
         self._tell(CONTROL.topic, Text.of(op="done", success=False))
         handle.canceled() if handle.is_cancel_requested else handle.abort()

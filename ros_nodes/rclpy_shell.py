@@ -4,11 +4,11 @@
     ros2 run vla_stack command_node --ros-args -p embodiment:=tabletop
 
 configure builds the core (the policy loads and warms up), activate lets it receive and publish, deactivate brings what
-it moves to rest and holds, cleanup frees it. With `autostart` (the default) a node configures and activates itself.
-Jobs, inference among them, run on a worker thread; the executor goes on meanwhile. SIGINT and SIGTERM end with code 0,
-the arm held. Messages pass as CDR bytes through ros_nodes/messages.py, as on the wheel: one codec, and rclpy's slower
-conversion of every field stays out of the way. Topics are relative names, so namespaces and remappings apply; /clock
-and /diagnostics are those of the whole graph.
+it moves to rest, holds and ends the episode, cleanup frees it. With `autostart` (the default) a node configures and
+activates itself. Jobs, inference among them, run on a worker thread; the executor goes on meanwhile. SIGINT and SIGTERM
+end with code 0, the arm held. Messages pass as CDR bytes through ros_nodes/messages.py, as on the wheel: one codec, and
+rclpy's slower conversion of every field stays out of the way. Topics are relative names, so namespaces and remappings
+apply; /clock and /diagnostics are those of the whole graph.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._hold()
+        self._hold(self._leave)
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -191,17 +191,26 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
         self.get_logger().error(reason)
         self._free()
 
-    def _hold(self) -> None:
-        """Bring the core to rest, then let it neither receive nor publish."""
+    def _hold(self, leave: Callable[[NodeCore], None] | None = None) -> None:
+        """Bring the core to rest, then let it neither receive nor publish. leave: what is done between."""
         with self._lock:
             if not self._active:
                 return
             assert self.core is not None
             try:
                 hold(self.core, self._perform, self._now)
+                if leave is not None:
+                    leave(self.core)
             finally:
                 self._active = False
                 self._timer.cancel()
+
+    def _leave(self, core: NodeCore) -> None:
+        """Nothing goes on by itself when the node is activated again."""
+        if self._instructions is not None:
+            self._instructions.abandon(f"{self.get_name()} was deactivated")
+        if hasattr(core, "leave"):
+            self._perform(core.leave(self._now()))
 
     def _attach(self, core: NodeCore, options: Any) -> None:
         self._distro, self._graph_clock = options.distro, GraphClock(options.use_sim_time)

@@ -81,6 +81,7 @@ CLOSE_WAIT_S = 20.0  # how long the end may wait for a write that hangs
 # Deep enough for a second of the interpreter's absence; the newest survive.
 _PICTURES = Quality(reliable=False, depth=30)
 _STREAM = Quality(reliable=True, depth=500)
+_SENSED = Quality(reliable=False, depth=500)  # drivers may publish it as sensor data
 
 
 def read_mark(text: str) -> str:
@@ -99,13 +100,16 @@ def robot_topics(robot: Embodiment, compressed: bool = False) -> tuple[Endpoint,
     compressed: sensor_msgs/CompressedImage on `<camera topic>/compressed` instead of pictures as they are.
     """
     cameras = (pictures_of(camera.topic, compressed, _PICTURES) for camera in robot.cameras)
-    vector = (STATE_VECTOR,) if robot.control_mode is ControlMode.OSC_DELTA else ()
-    streams = (JOINT_STATES, *vector, *Outputs(robot).endpoints)
+    states = (JOINT_STATES, *((STATE_VECTOR,) if robot.control_mode is ControlMode.OSC_DELTA else ()))
     ours = (
         INSTRUCTION, REQUEST, CHUNK, HEARTBEAT, CONTROL, CONTROL_STATUS, DIAGNOSTICS, RECORD, SIM_STATUS,
         EMERGENCY_STOP, DEADMAN,
     )  # fmt: skip
-    return (*cameras, *(replace(e, quality=_STREAM) for e in streams), *ours)
+    streams = (
+        *(replace(endpoint, quality=_SENSED) for endpoint in states),
+        *(replace(endpoint, quality=_STREAM) for endpoint in Outputs(robot).endpoints),
+    )
+    return (*cameras, *streams, *ours)
 
 
 class RecorderCore:

@@ -33,7 +33,7 @@ from vla.types import NS_PER_S
 
 ANSWERED_OTHERWISE = "policy: it was asked the same, and answered otherwise"
 _STAMPS_KEPT = 1000  # per topic, of what was given
-FACTS = ("bundle", "parts", "torch")  # of the heartbeat's values: what decides a chunk, beside its inputs
+FACTS = ("bundle", "parts", "torch", "device")  # of the heartbeat's values: what decides a chunk, beside its inputs
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,12 @@ def whole(data: dict[str, Any], key: str, prefix: str = "") -> int:
 
 @dataclass(frozen=True)
 class ChunkId:
-    """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`, with
-    the offsets, commas between, at the end.
+    """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`,
+    and at the end, commas between, the offsets and the notes as name=value.
 
     number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of the joint states
     and of each camera after the first, against the chunk's stamp: which messages the observation was made of. () where
-    that is not known.
+    that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit are left out.
     """
 
     episode: int
@@ -109,11 +109,18 @@ class ChunkId:
     passes: int = 0
     repaired: int = 0
     offsets_ns: tuple[int, ...] = ()
+    notes: tuple[tuple[str, float], ...] = ()
 
     def text(self) -> str:
         numbers = (self.episode, self.request, self.number, self.infer_us, self.passes, self.repaired)
-        parts = ["v1", *map(str, numbers)]
-        return "/".join(parts + [",".join(map(str, self.offsets_ns))] * bool(self.offsets_ns))
+        text = "/".join(["v1", *map(str, numbers), ",".join(map(str, self.offsets_ns))]).rstrip("/")
+        between = "/" if self.offsets_ns else "//"
+        for name, value in self.notes:
+            note = f"{between}{name}={value:.6g}"
+            if not name.isidentifier() or len(text) + len(note) > MAX_ID_CHARS:
+                continue
+            text, between = text + note, ","
+        return text
 
     @classmethod
     def read(cls, text: str) -> ChunkId:
@@ -121,12 +128,14 @@ class ChunkId:
         version, *rest = text[:MAX_ID_CHARS].split("/")
         try:
             numbers = [int(item) for item in rest[:6]]
-            offsets = tuple(int(item) for item in rest[6].split(",")) if len(rest) == 7 else ()
+            offsets = tuple(int(item) for item in filter(None, ",".join(rest[6:7]).split(",")))
+            pairs = [item.partition("=") for item in filter(None, ",".join(rest[7:8]).split(","))]
+            notes = tuple((name, float(value)) for name, _, value in pairs)
         except ValueError:
             numbers = []
-        if version != "v1" or len(numbers) != 6 or len(rest) > 7:
+        if version != "v1" or len(numbers) != 6 or len(rest) > 8:
             raise TransportError(
                 explain("chunk frame_id", "v1/ and six whole numbers", repr(text[:60]), "Run nodes of one release.")
             )
         episode, request, number, infer_us, passes, repaired = numbers
-        return cls(episode, request, number, infer_us, passes, repaired, offsets)
+        return cls(episode, request, number, infer_us, passes, repaired, offsets, notes)

@@ -14,6 +14,7 @@ from ros_nodes.node import Effects, Job, NodeCore, Now
 from vla.errors import TransportError, explain
 
 CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
+CLOCK_STEP_NS = 50_000_000
 # The receive thread must get the interpreter while the core computes: the default of 5 ms is our whole budget.
 SWITCH_INTERVAL_S = 5e-4
 JOB_END_S = 3.0  # how long a job may go on after the end was asked for
@@ -31,17 +32,33 @@ def read(type_name: str, data: bytes, distro: str) -> Message:
 
 
 class GraphClock:
-    """Graph time. Wall: CLOCK_MONOTONIC plus one offset to the epoch, so it never jumps; processes started together
-    share the offset through an environment variable. Simulated: the newest /clock, 0 until the first."""
+    """Graph time. Wall: CLOCK_MONOTONIC plus one offset to the epoch, which processes started together share through an
+    environment variable, so that their stamps agree to the nanosecond; when the wall clock is set (an NTP step, a
+    resumed machine) by more than CLOCK_STEP_NS the offset follows, and Now.set_ns tells. Slewing moves both clocks.
+    Simulated: the newest /clock, 0 until the first."""
 
     def __init__(self, simulated: bool = False):
-        self.simulated, self._simulated_ns = simulated, 0
+        self.simulated, self._simulated_ns, self._set_ns = simulated, 0, 0
         given = os.environ.get(CLOCK_OFFSET_VARIABLE, "")
         self._offset_ns = int(given) if given else time.time_ns() - time.monotonic_ns()
+        self._follow_wall()
+        self._set_ns = 0  # what happened before this process is none of its business
 
     def now(self, received_ns: int = 0) -> Now:
-        steady = time.monotonic_ns()
-        return Now(self._simulated_ns if self.simulated else steady + self._offset_ns, steady, received_ns)
+        if self.simulated:
+            return Now(self._simulated_ns, time.monotonic_ns(), received_ns)
+        steady = self._follow_wall()
+        return Now(steady + self._offset_ns, steady, received_ns, self._set_ns)
+
+    def _follow_wall(self) -> int:
+        """The steady time now, the offset corrected."""
+        before, wall, steady = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        step = wall - steady - self._offset_ns
+        # A thread that was interrupted between the two clocks has not seen a step.
+        if abs(step) > CLOCK_STEP_NS and steady - before < CLOCK_STEP_NS // 50:
+            self._offset_ns += step
+            self._set_ns += step
+        return steady
 
     def follow(self, stamp_ns: int) -> None:
         self._simulated_ns = stamp_ns

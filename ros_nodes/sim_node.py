@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from ros_nodes.node import (
     RESET,
     SENSOR,
     SIM_STATUS,
+    STATE,
     STATE_VECTOR,
     Effect,
     Effects,
@@ -97,18 +99,18 @@ class SimCore:
         )
         self.publications = (
             *(Endpoint(camera.topic, Image.type_name, SENSOR) for camera in self._robot.cameras),
-            JOINT_STATES,
+            replace(JOINT_STATES, quality=STATE),
             CLOCK,
             INSTRUCTION,
             SIM_STATUS,
-            *((STATE_VECTOR,) if self._robot.control_mode is ControlMode.OSC_DELTA else ()),
+            *((replace(STATE_VECTOR, quality=STATE),) if self._robot.control_mode is ControlMode.OSC_DELTA else ()),
             *((CHUNK, HEARTBEAT) if expert is not None else ()),
         )
         self._slices = Periodic(round(self._slice_ns / real_time_factor))
         self._beat = Periodic(HEARTBEAT_PERIOD_NS)
         self._reports = Periodic(STATUS_PERIOD_NS)
         self._stamp_ns = NS_PER_S if self.simulated_time else 0
-        self._count = 0
+        self._count = self._set_ns = 0
         # Operational-space deltas add up, so each is applied once, in order; a joint position stands until the next.
         self._commands: deque[np.ndarray] = deque(maxlen=2 if self._robot.control_mode is ControlMode.OSC_DELTA else 1)
         self._observation, self._info = environment.reset(seed=0)
@@ -249,7 +251,9 @@ class SimCore:
     # ---- time ----
     def tick(self, now: Now) -> Effects:
         if self._stamp_ns == 0:
-            self._stamp_ns = now.stamp_ns - self._slice_ns
+            self._stamp_ns, self._set_ns = now.stamp_ns - self._slice_ns, now.set_ns
+        if not self.simulated_time and now.set_ns != self._set_ns:
+            self._on_clock_set(now.set_ns - self._set_ns)
         effects: list[Effect] = []
         if self._expert is not None and self._beat.due(now.steady_ns):
             numbers = {"chunks": str(self._chunks), "queue": str(int(self._request is not None))}
@@ -263,6 +267,15 @@ class SimCore:
         if self._reports.due(now.steady_ns):
             effects.append(self._report())
         return effects
+
+    def _on_clock_set(self, by_ns: int) -> None:
+        """Stamps keep to wall time."""
+        self._set_ns += by_ns
+        self._stamp_ns += by_ns
+        if "start_ns" in self._status:
+            self._status["start_ns"] += by_ns
+        if self._started is not None:
+            self._started = (self._started[0] + by_ns, self._started[1])
 
     def _advance_slices(self, count: int) -> list[Send]:
         effects: list[Send] = []

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ros_nodes.messages import JointState, Status
-from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, STAMP_KEY, Now
+from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, SILENCE_NS, STAMP_KEY, Now
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, explain
 from vla.runtime.gate import Reason
 from vla.runtime.scheduler import MAX_GAP
 from vla.types import NS_PER_S
 
-DEADMAN_TIMEOUT_NS = 150_000_000
-JOINT_STATE_TIMEOUT_NS = 150_000_000  # as the gate's: it judges once in a control period, which may be too late
 STRANGER_NS = 1_000_000_000  # how long the arm waits after the last chunk of a second policy
 REPLACED_NS = 3_000_000_000  # after the last chunk of the first policy, the second one is the only one
 JUMP_TOLERANCE = 0.05  # rad or m: noise, and joint states that were late
@@ -50,13 +48,15 @@ class _Camera:
 
 
 class Watch:
-    """robot: whose joints and cameras. deadman: one is asked for. camera_timeout_s: see CommandCore.
+    """robot: whose joints and cameras. deadman: one is asked for. estop_required, camera_timeout_s: see CommandCore.
 
     joints: the newest joint state, see `on_joints`. ending: the shell is about to fall silent. acted: what held the arm
     when it was last acted upon.
     """
 
-    def __init__(self, robot: Embodiment, deadman: bool = False, camera_timeout_s: float = 0.15) -> None:
+    def __init__(
+        self, robot: Embodiment, deadman: bool = False, estop_required: bool = False, camera_timeout_s: float = 0.14
+    ) -> None:
         self._camera_names, self._deadman = robot.camera_names, deadman
         self._joint_names = tuple(joint.name for joint in robot.joints)
         lower, upper = (np.array([getattr(j, side) for j in robot.joints]) for side in ("lower", "upper"))
@@ -65,6 +65,8 @@ class Watch:
         self._fastest = JUMP_FACTOR * np.array([joint.max_velocity for joint in robot.joints])
         self._camera_timeout_ns, self._period_ns = round(camera_timeout_s * NS_PER_S), round(robot.period_s * NS_PER_S)
         self._stopped = self._pressed = self.ending = False
+        self._unheard = estop_required  # whether an emergency stop is pressed is not known yet
+        self._beat_ns: int | None = None  # steady time of the policy's last heartbeat
         self._held_ns: int | None = None  # when the deadman switch last said true
         self._speaker: int | None = None  # number of the last chunk of the policy that is heard
         self._spoke_ns = 0  # steady time of that chunk
@@ -83,18 +85,28 @@ class Watch:
 
     # ---- operator ----
     def estop(self, pressed: bool) -> None:
-        self._pressed, self._stopped = pressed, self._stopped or pressed
+        self._pressed, self._stopped, self._unheard = pressed, self._stopped or pressed, False
 
     def resume(self) -> None:
         """Ends an emergency stop that is no longer pressed; TransportError for one that is."""
-        if self._pressed:
-            raise TransportError(
-                explain(EMERGENCY_STOP.topic, "false before it can be resumed", "true", "Release the emergency stop.")
-            )
+        if self._pressed or self._unheard:
+            got, remedy = "true", "Release the emergency stop."
+            if self._unheard:
+                got, remedy = "nothing yet", "Start what publishes it."
+            raise TransportError(explain(EMERGENCY_STOP.topic, "false before it can be resumed", got, remedy))
         self._stopped = False
 
     def deadman(self, held: bool, received_ns: int) -> None:
         self._held_ns = received_ns if held else None
+
+    # ---- time ----
+    def clock_set(self, by_ns: int) -> None:
+        """All stamps are further on by `by_ns`, the sensors' too as soon as they have noticed."""
+        self.begin()
+        self._told_ns += by_ns
+        if self.joints is not None:
+            self.joints = (self.joints[0] + by_ns, *self.joints[1:])
+        self._event = Reason.CLOCK
 
     # ---- joint states ----
     def on_joints(self, message: JointState) -> None:
@@ -128,6 +140,16 @@ class Watch:
             self._event = Reason.JOINT_STATE_JUMP
 
     # ---- policy ----
+    def beat(self, now: Now) -> bool:
+        """A heartbeat came; True when it ends a silence."""
+        away = self._beat_ns is not None and now.received_ns - self._beat_ns >= SILENCE_NS
+        self._beat_ns = now.received_ns
+        return away
+
+    def silence_ns(self, now: Now) -> int | None:
+        """How long the policy has been silent; None before its first heartbeat, for which the loop has a word."""
+        return None if self._beat_ns is None else now.steady_ns - self._beat_ns
+
     def new_sender(self) -> None:
         """The policy was away: whoever comes next is heard."""
         self._speaker = self._stranger_ns = None
@@ -167,23 +189,27 @@ class Watch:
     # ---- answers ----
     def doubt(self, now: Now) -> Reason:
         """The weightiest reason not to move, NONE for none."""
-        if self._stopped:
+        if self._stopped or self._unheard:
             return Reason.EMERGENCY_STOP
         if self.ending:
             return Reason.OPERATOR
-        if self._deadman and (self._held_ns is None or now.steady_ns - self._held_ns >= DEADMAN_TIMEOUT_NS):
+        if self._deadman and (self._held_ns is None or now.steady_ns - self._held_ns >= SILENCE_NS):
             return Reason.DEADMAN
         if self._two_policies(now):
             return Reason.SECOND_POLICY
         if self._event:
             return self._event
-        if self.joints is not None and self.joints_left_ns(now) <= 0:
+        if (self.silence_ns(now) or 0) >= SILENCE_NS:
+            return Reason.HEARTBEAT
+        if self.joints is not None and now.stamp_ns - self.joints[0] >= SILENCE_NS:
             return Reason.JOINT_STATE_STALE
         return Reason.CAMERA if self._blind(now) else Reason.NONE
 
-    def joints_left_ns(self, now: Now) -> int:
-        """How long the newest joint state may still be used, without another one; 0 for none."""
-        return 0 if self.joints is None else self.joints[0] + JOINT_STATE_TIMEOUT_NS - now.stamp_ns
+    def next_ns(self, now: Now) -> int:
+        """Steady time at which the policy or the joint states will have been silent for too long; far off for never."""
+        ages_ns = [self.silence_ns(now), None if self.joints is None else now.stamp_ns - self.joints[0]]
+        left_ns = [SILENCE_NS - age for age in ages_ns if age is not None and age < SILENCE_NS]
+        return now.steady_ns + min(left_ns, default=NS_PER_S)
 
     def act(self, now: Now) -> Reason:
         """`doubt`, which is now acted upon: what one message did is dealt with."""
@@ -197,7 +223,9 @@ class Watch:
             out["camera"] = blind
         if self._two_policies(now):
             out["policies"] = "chunks of a second policy: end one of them"
-        if self._stopped:
+        if self._unheard:
+            out["estop"] = f"not heard yet: publish false on {EMERGENCY_STOP.topic}, again and again"
+        elif self._stopped:
             out["estop"] = "pressed" if self._pressed else "released; resume with /vla/control"
         return out
 

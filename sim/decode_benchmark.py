@@ -113,8 +113,9 @@ def row(
     """One line of the results as plain data.
 
     costs, reports: of all entries, by name; episodes are those of the entry itself, or of its reference where it equals
-    that. reuse: how many of its inferences run no model. moving: share of the tokens whose value is not always the
-    same; the tokens per pass of bins leave out the others, which nobody has to guess.
+    that. reuse: its inferences that run no model; they count in all but decode_ms, tokens and overhead. moving: share
+    of the tokens whose value is not always the same; the tokens per pass of bins leave out the others, which nobody has
+    to guess.
     """
     cost, base = costs[entry.name], costs[entry.reference or entry.name]
     own, paired = reports.get(entry.name), None
@@ -123,9 +124,10 @@ def row(
     other = reports.get(entry.compared)
     if other is not None and entry.name in reports:
         paired = {"to": entry.compared, **Paired.of(reports[entry.name].episodes, other.episodes).to_dict()}
-    reused, reuse_ms = (reuse.share, reuse.ms) if reuse else (0.0, 0.0)
-    runs = 1.0 - reused
-    total_ms = cost.total_ms.mean() * runs + reuse_ms * reused
+    reuse = reuse or Reuse()
+    runs = 1.0 - reuse.share
+    all_ms, counts = reuse.mixed(cost.total_ms)
+    total_ms, spread_ms = float(all_ms @ counts), _percentiles(all_ms, counts, (50, 95))
     same = [a == b for a, b in zip(cost.ids, base.ids)] if any(cost.ids) and any(base.ids) else []
     spoken, per_pass = cost.tokens.any(), float(cost.tokens.sum() / max(1, cost.passes.sum()))
     error = [float(np.sqrt(np.mean((a - b) ** 2))) for a, b in zip(cost.actions, base.actions)]
@@ -138,17 +140,17 @@ def row(
         "tokens_per_pass": round(per_pass * moving, 3) if spoken else None,
         "window": cost.window or None,
         "agreement": round(agreement_of(per_pass, cost.window), 3) if cost.window > 1 and entry.exact else None,
-        "ms_per_chunk": percentiles(cost.total_ms, (50, 95)),
+        "ms_per_chunk": spread_ms,
         "decode_ms": percentiles(cost.decode_ms, (50, 95)),
-        "first_action_ms": percentiles(cost.total_ms, (50, 95)),  # the loop takes a chunk as a whole
+        "first_action_ms": spread_ms,  # the loop takes a chunk as a whole
         "overhead": round(float(outside), 4) if spoken else None,
         "tokens_per_s": round(float(cost.tokens.sum() / (cost.decode_ms.sum() / 1e3)), 1) if spoken else None,
         "actions_per_s": round(execute / total_ms * 1e3, 1),
         "refresh_hz": round(1e3 / total_ms, 2),
         "flops_per_chunk": round(cost.flops * runs),
         "repaired": cost.repaired,
-        "reused": round(reused, 4),
-        "reuse_ms": round(reuse_ms, 3),
+        "reused": round(reuse.share, 4),
+        "reuse_ms": round(float(np.mean(reuse.ms)), 3) if reuse.ms else 0.0,
         "reference": entry.reference or entry.name,
         "speedup": round(float(base.total_ms.mean() / total_ms), 3),
         "speedups": {
@@ -169,6 +171,16 @@ def row(
         else "its reference, which it equals",
         "paired_difference": paired,
     }
+
+
+def _percentiles(values: np.ndarray, weights: np.ndarray, which: Sequence[int]) -> dict[str, float | None]:
+    """As `percentiles`, which it is where all weigh the same; float64[n] each."""
+    if (weights == weights[0]).all():
+        return percentiles(values, tuple(which))
+    order = np.argsort(values)
+    reached = weights[order].cumsum() / weights.sum()
+    places = np.searchsorted(reached, np.array(which) / 100 - 1e-9)
+    return {f"p{p}": round(float(values[order][place]), 3) for p, place in zip(which, places)}
 
 
 def moving_share(cost: Cost, action_dim: int) -> float:

@@ -44,7 +44,7 @@ _MODEL: dict[type, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one decoder took per observation.
+    """What one decoder took per observation. On a GPU times are of work that is done, not of its launch.
 
     total_ms: image and text handling, prefix and decoding. pass_ms: the part of decode_ms inside passes over
     tokens. actions: normalised, [T, A] each. flops: per chunk, prefix included. flips: share of chunks in which bf16
@@ -72,8 +72,8 @@ class Recording(PolicyWrapper):
         super().__init__(policy)
         self._most = most
         self.seen: list[tuple[Observation, InferContext]] = []
-        self.inferences = self.reused = 0
-        self.reuse_ms = 0.0
+        self.inferences = 0
+        self.reuse_ms: list[float] = []
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         if len(self.seen) < self._most:
@@ -82,8 +82,7 @@ class Recording(PolicyWrapper):
         self.inferences += len(results)
         for result in results:
             if result.report.reused:
-                self.reused += 1
-                self.reuse_ms += result.report.times_ms["total"]
+                self.reuse_ms.append(result.report.times_ms["total"])
         return results
 
 
@@ -112,7 +111,7 @@ def costs(
     rows: dict[str, list[tuple[InferResult, np.ndarray, float]]] = {entry.name: [] for entry in entries}
     kept = policy.decoder, policy.selection
     try:
-        with _timed_passes() as passes:
+        with _timed_passes(policy.device) as passes:
             for index, (observation, context) in enumerate([*seen[:3], *seen]):
                 for entry in entries:
                     entry.policy(policy)
@@ -183,30 +182,47 @@ def _in_torch() -> Iterator[None]:
 
 
 @contextmanager
-def _timed_passes() -> Iterator[Any]:
-    """Adds up, in `ms`, the time spent in the model behind the prefix: the rest of decoding is the decoder's own."""
+def _timed_passes(device: torch.device) -> Iterator[Any]:
+    """Adds up, in `ms`, the time spent in the model behind the prefix: the rest of decoding is the decoder's own.
+
+    A GPU is waited for before and after each pass, and behind the prefix, so that decoding begins when it is done.
+    """
 
     class Watch:
         ms = 0.0
 
     watch, inside = Watch(), [False]
 
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if inside[0]:  # `logits` may call `hidden`
                 return method(*args, **kwargs)
-            inside[0], begin = True, time.perf_counter()
+            inside[0], begin = True, now()
             try:
                 return method(*args, **kwargs)
             finally:
                 inside[0] = False
-                watch.ms += (time.perf_counter() - begin) * 1e3
+                watch.ms += (now() - begin) * 1e3
+
+        return run
+
+    def finished(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = method(*args, **kwargs)
+            now()
+            return out
 
         return run
 
     usual = {(of, name): getattr(of, name) for of, names in _MODEL.items() for name in names}
+    usual[Vla, "prefix"] = Vla.prefix
     for (of, name), method in usual.items():
-        setattr(of, name, timed(method))
+        setattr(of, name, finished(method) if name == "prefix" else timed(method))
     try:
         yield watch
     finally:
@@ -252,10 +268,16 @@ class _Probe:
 
 @dataclass(frozen=True)
 class Reuse:
-    """share: of inferences that ran no model. ms: mean of those."""
+    """share: of inferences that ran no model. ms: what each of those took, at least one of them if there is a share."""
 
     share: float = 0.0
-    ms: float = 0.0
+    ms: tuple[float, ...] = ()
+
+    def mixed(self, forward_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Times of all inferences, from those of real forwards: float64[n], and how much each of them counts."""
+        ran = np.full(len(forward_ms), (1 - self.share) / len(forward_ms))
+        rest = np.full(len(self.ms), self.share / max(1, len(self.ms)))
+        return np.concatenate((forward_ms, self.ms)), np.concatenate((ran, rest))
 
 
 def reuse_share(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: int = 20) -> Reuse:
@@ -266,7 +288,7 @@ def reuse_share(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: i
         evaluate(recording, replace(config, episodes=episodes, out=""))
     finally:
         policy.decoder, policy.selection = kept
-    return Reuse(recording.reused / max(1, recording.inferences), recording.reuse_ms / max(1, recording.reused))
+    return Reuse(len(recording.reuse_ms) / max(1, recording.inferences), tuple(recording.reuse_ms))
 
 
 def cost_curve(

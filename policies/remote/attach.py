@@ -19,10 +19,14 @@ def attached(address: str, robot: Embodiment, parts: Parts) -> tuple[Policy, Rem
     robot, and the remote policy itself.
 
     Decoder and pruning are the server's. Naming them here states which ones they have to be: ConfigError when the
-    server runs its bundle with others. As RemotePolicy otherwise.
+    server runs its bundle with others, and for reuse where it has no pruning. As RemotePolicy otherwise.
     """
     remote = RemotePolicy(address, robot)
     wanted = json.loads(json.dumps(parts.describe()))
+    if parts.reuse is not None and remote.hello.parts.get("pruning") is None:
+        remote.close()
+        remedy = "Start `vla serve` with --pruning score, which drops none."
+        raise ConfigError(explain("reuse", "a server that names the important visual tokens", "one without", remedy))
     for group, theirs in remote.hello.parts.items():
         mine = wanted.get(group)
         if mine is not None and mine != theirs:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vla.data.transforms import resize
+from vla.data.transforms import fitted
 from vla.embodiment import Embodiment
 from vla.errors import ObservationError, TransportError, explain
 from vla.policy import InferContext, InferResult, Policy
@@ -107,7 +107,7 @@ def infer_each(policy: Policy, asked: Sequence[tuple[Observation, InferContext]]
     ready: list[tuple[Observation, InferContext] | Exception] = []
     for observation, context in asked:
         try:
-            ready.append((fitted(observation, policy.embodiment).check(), context))
+            ready.append((_fitted(observation, policy.embodiment).check(), context))
         except Exception as error:
             ready.append(error)
     good = [item for item in ready if not isinstance(item, Exception)]
@@ -133,19 +133,9 @@ def _checked(result: InferResult) -> InferResult | Exception:
     return ObservationError(explain("chunk", "finite actions", "NaN or infinity", "Check the bundle."))
 
 
-def fitted(observation: Observation, robot: Embodiment) -> Observation:
-    """Images that are larger than their camera, in its proportion, at the camera's size; others as they are.
-
-    Area-averaged, as everywhere in this project. A smaller one would be blurred beyond what the policy saw in training,
-    and another proportion shows another field of view: both are left for the policy to refuse by name.
-    """
-    images = dict(observation.images)
-    for name, image in images.items():
-        camera = robot.camera(name)
-        height, width = image.shape[:2]
-        if height > camera.height and height * camera.width == width * camera.height:
-            images[name] = resize(image, camera.height, camera.width)
-    return replace(observation, images=images)
+def _fitted(observation: Observation, robot: Embodiment) -> Observation:
+    """Images at their camera's size, as far as they fit; the policy refuses the others by name."""
+    return replace(observation, images={name: fitted(i, robot.camera(name)) for name, i in observation.images.items()})
 
 
 def _closing() -> TransportError:

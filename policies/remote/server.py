@@ -27,10 +27,12 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from policies.hold import ScriptedPolicy
 from policies.remote import packing, protocol
 from policies.remote.batching import Batcher
+from policies.robot_memory import RememberingPolicy
 from vla.errors import ConfigError, TransportError, VlaError, explain
-from vla.policy import Policy
+from vla.policy import Policy, PolicyWrapper
 
 _log = logging.getLogger(__name__)
 # The library reports each handshake that fails with a traceback; who scans a port shall not fill a disk.
@@ -62,7 +64,8 @@ class Limits:
 
 
 class PolicyServer:
-    """`policy` must keep nothing between calls: its robots take turns in it (no ReusePolicy, no ScriptedPolicy).
+    """`policy` must keep nothing between calls: its robots take turns in it. Reuse and ensembling remember, so they are
+    around the RemotePolicy of each robot (see policies.remote.attach).
 
     host, port: where to listen, port 0 for a free one. token: what clients must show, "" for nothing. open_to_all:
     allow a host beyond loopback without a token. certificate, key: PEM files, for TLS. name, fingerprint, parts,
@@ -86,6 +89,7 @@ class PolicyServer:
         software: str = "",
     ):
         check_access(host, token, open_to_all)
+        _check_memory(policy)
         self._host, self._port, self._token = host, port, token
         self._tls = _tls(certificate, key)
         self._policy, self.limits = policy, limits or Limits()
@@ -244,6 +248,16 @@ def check_access(host: str, token: str, open_to_all: bool) -> None:
         raise ConfigError(explain("host", "a loopback address, or a token", f"{host!r} without one", remedy))
     if not all(33 <= ord(letter) <= 126 for letter in token):
         raise ConfigError(explain("token", "printable ASCII without spaces", "something else", "Choose another."))
+
+
+def _check_memory(policy: Policy) -> None:
+    """ConfigError for a policy that would take one robot's past for another's."""
+    inner: Policy | None = policy
+    while inner is not None:
+        if isinstance(inner, (RememberingPolicy, ScriptedPolicy)):
+            remedy = "Put it around the RemotePolicy of each robot."
+            raise ConfigError(explain("policy", "one that keeps nothing between calls", type(inner).__name__, remedy))
+        inner = inner.policy if isinstance(inner, PolicyWrapper) else None
 
 
 def is_loopback(host: str) -> bool:

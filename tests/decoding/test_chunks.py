@@ -15,11 +15,13 @@ from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
 from vla.decoding.chunks import continued, ensembled, goals, soft_mask
 from vla.decoding.continued import ContinuedDecoder
+from vla.decoding.diffusion import DiffusionDecoder, ddim, ladder
 from vla.decoding.flow import FlowDecoder, euler
 from vla.decoding.forced import ForcedPrefixDecoder
 from vla.decoding.realtime import RealTimeFlowDecoder, guided
+from vla.decoding.realtime_diffusion import RealTimeDiffusionDecoder, inpainted
 from vla.errors import ConfigError
-from vla.models.heads import HeadConfig
+from vla.models.heads import HeadConfig, signal_shares
 from vla.models.masks import MaskRule
 from vla.models.pruning import TokenSelection
 from vla.models.suffix import TokenSuffix
@@ -312,10 +314,133 @@ def test_a_steered_flow_runs_in_the_policy_and_repeats(selection) -> None:
     np.testing.assert_allclose(one[:2], context.committed, atol=1e-6)
 
 
+# ---- real-time chunking of a diffusion ----
+SHARES = signal_shares(100).double()
+
+
+def causal_denoiser(horizon: int = 12):
+    """What an unlimited causal head would predict for smooth Gaussian trajectories: of each action the mean given the
+    noisy ones up to it. Returns predict, the matrices noisy -> clean by step, and the covariance."""
+    _, covariance = smooth_flow(horizon)
+    eye, matrices = torch.eye(horizon, dtype=torch.float64), {}
+    for step, share in enumerate(SHARES):
+        rows = torch.zeros(horizon, horizon, dtype=torch.float64)
+        for row in range(horizon):
+            seen = slice(0, row + 1)
+            spread = share * covariance[seen, seen] + (1 - share) * eye[seen, seen]
+            rows[row, seen] = share.sqrt() * torch.linalg.solve(spread, covariance[row, seen])
+        matrices[step] = rows
+
+    def predict(noisy, step):
+        clean = matrices[step] @ noisy
+        return (noisy - SHARES[step].sqrt() * clean) / (1 - SHARES[step]).sqrt()
+
+    return predict, matrices, covariance
+
+
+def guided_ddim(matrices, noise, target, mask, steps):
+    """DDIM with pseudo-inverse guidance (Song et al. 2023, RTC's for a diffusion): the vector-Jacobian product of the
+    error through the denoiser, over the variance 1 - share of actions of unit variance."""
+    noisy, taken = noise, ladder(steps, 100)
+    for step, after in zip(taken, [*(SHARES[i] for i in taken[1:]), torch.tensor(1.0)]):
+        share, jacobian = SHARES[step], matrices[step]
+        clean = jacobian @ noisy
+        clean = clean + jacobian.T @ ((target - clean) * mask) / share.sqrt()
+        predicted = (noisy - share.sqrt() * clean) / (1 - share).sqrt()
+        noisy = after.sqrt() * clean + (1 - after).sqrt() * predicted
+    return noisy
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_painted_rows_run_along_their_own_path_and_the_rest_is_plain_ddim_behind_them(steps) -> None:
+    """By definition of the replacement method: before each step the committed rows are noised from their target."""
+    predict, *_ = causal_denoiser()
+    torch.manual_seed(0)
+    target, noise = torch.randn(2, 3, 12, 1, dtype=torch.float64)
+    mask = (torch.arange(12) < 3).double()[:, None]
+    out = inpainted(predict, noise, target, mask.expand(3, -1, 1), steps, 100)
+    noisy, taken = noise.clone(), ladder(steps, 100)
+    for step, after in zip(taken, [*(SHARES[i] for i in taken[1:]), torch.tensor(1.0)]):
+        noisy[:, :3] = SHARES[step].sqrt() * target[:, :3] + (1 - SHARES[step]).sqrt() * noise[:, :3]
+        predicted = predict(noisy, step)
+        clean = (noisy - (1 - SHARES[step]).sqrt() * predicted) / SHARES[step].sqrt()
+        noisy = after.sqrt() * clean + (1 - after).sqrt() * predicted
+    assert torch.allclose(out[:, 3:], noisy[:, 3:], atol=1e-4)
+    assert torch.allclose(out[:, :3], target[:, :3], atol=1e-5)
+    assert torch.allclose(inpainted(predict, noise, target, 0 * mask, steps, 100), ddim(predict, noise, steps, 100))
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_the_rest_is_bent_towards_its_mean_given_what_is_committed(steps) -> None:
+    """On Gaussians that mean is known: how far are the regressions on the committed actions from it?"""
+    predict, matrices, covariance = causal_denoiser()
+    torch.manual_seed(0)
+    target = torch.linalg.cholesky(covariance) @ torch.randn(2000, 12, 1, dtype=torch.float64)
+    noise = torch.randn(2000, 12, 1, dtype=torch.float64)
+    mask = torch.from_numpy(soft_mask(3, 9, 12))[:, None].expand(2000, -1, 1)
+    known = torch.linalg.solve(covariance[:3, :3], covariance[:3, 3:])
+
+    def off(out):
+        slopes = torch.linalg.lstsq(target[:, :3, 0], out[:, 3:, 0]).solution
+        return (target[:, :3, 0] @ (slopes - known)).square().mean().sqrt() / known.square().sum().sqrt()
+
+    free, painted = ddim(predict, noise, steps, 100), inpainted(predict, noise, target, mask, steps, 100)
+    assert off(painted) < 0.4 * off(free)
+    assert off(painted) < (0.9, 1.1)[steps > 4] * off(guided_ddim(matrices, noise, target, mask, steps))
+    jump = [(out[:, 3] - target[:, 2]).abs().mean() for out in (free, painted, target)]
+    assert jump[1] < 0.3 * jump[0] and jump[1] < 1.1 * jump[2]  # the seam is as smooth as the trajectories are
+    assert (painted - target)[:, -1].abs().mean() > 0.9 * (free - target)[:, -1].abs().mean()  # the far end is free
+
+
+def test_an_inpainted_diffusion_runs_behind_the_cache_whatever_else_is_in_the_batch() -> None:
+    bundle, asked = bundle_of(), contexts(1, None)
+    batch = replace(given(bundle, (5, 6)), contexts=asked)
+    out = RealTimeDiffusionDecoder().decode(batch)
+    free = DiffusionDecoder().decode(given(bundle, (5, 6))).actions
+    np.testing.assert_array_equal(RealTimeDiffusionDecoder().decode(given(bundle, (5, 6))).actions, free)
+    np.testing.assert_allclose(out.actions[1], free[1], atol=1e-5)  # nothing to go on from
+    targets, masks, _ = goals(batch)
+    np.testing.assert_array_equal(out.actions[0, :2], targets[0, :2])
+    assert out.passes == 4 and out.notes["missed"] < 1e-4
+    # Uncached: every step as one pass over the whole sequence.
+    model, both, shares = bundle.model, bundle.model.heads["both"], torch.cat((SHARES, torch.ones(1))).tolist()
+    images, *rest = inputs(2)
+    args = {name: image[:1] for name, image in images.items()}, *(item[:1] for item in rest)
+    noise = torch.randn(T, A, generator=torch.Generator().manual_seed(5))[None].double()
+    mask = torch.from_numpy(masks[0])[:, None].repeat(1, A)
+    mask[:, 2] = (mask[:, 2] >= 0.5).double()  # the gripper
+    target = torch.from_numpy(targets[:1]).double()
+    x = noise + mask * (shares[75] ** 0.5 * target + (1 - shares[75]) ** 0.5 * noise - noise)
+    for step, after in ((75, 50), (50, 25), (25, 0), (0, 100)):
+        lead = model.suffix_segment("both", both.embed(x.float(), torch.full((1,), step)))
+        with torch.inference_mode():
+            guess = both.noise(model.run([*model.prefix_segments(*args), lead])[-1][:, 2:-1]).double()
+        clean = (x - (1 - shares[step]) ** 0.5 * guess) / shares[step] ** 0.5
+        clean = mask * target + (1 - mask) * clean
+        guess = (x - shares[step] ** 0.5 * clean) / (1 - shares[step]) ** 0.5
+        x = shares[after] ** 0.5 * clean + (1 - shares[after]) ** 0.5 * guess
+    np.testing.assert_allclose(out.actions[0], x[0].numpy(), atol=1e-3)
+    assert not np.allclose(out.actions[0, 2:], free[0, 2:], atol=1e-3)
+
+
+def test_an_inpainted_diffusion_runs_in_the_policy_and_repeats() -> None:
+    policy = VlaPolicy(bundle_of(text_vocab=512), RealTimeDiffusionDecoder())
+    (context,) = contexts(1)
+    one, other = (infer(policy, observation(), context).chunk.actions for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(one[:2], context.committed, atol=1e-6)
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"decoder\.steps"):
         RealTimeFlowDecoder(0)
     with pytest.raises(ConfigError, match=r"decoder\.beta"):
         RealTimeFlowDecoder(beta=-1)
+    with pytest.raises(ConfigError, match=r"decoder\.steps: expected at least 2"):
+        RealTimeDiffusionDecoder(1)
+    with pytest.raises(ConfigError, match=r"decoder\.steps: expected at most 100"):
+        RealTimeDiffusionDecoder(101).check(bundle_of())
+    with pytest.raises(ConfigError, match=r"decoder\.head.*vla train head=\[\.\.\.,hybrid\]"):
+        RealTimeDiffusionDecoder().check(bundle_of(heads=(HeadConfig("words", "tokens", 0, 9),)))
     with pytest.raises(ConfigError, match=r"decoder\.head"):
         RealTimeFlowDecoder().check(bundle_of(heads=(HeadConfig("words", "tokens", 0, 9),)))

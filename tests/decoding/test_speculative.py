@@ -122,7 +122,7 @@ def test_it_equals_greedy_and_leaves_greedys_cache(name, setting) -> None:
                     assert out.probabilities[row] == pytest.approx(greedy.probabilities[sample], abs=1e-4)
                     until = suffix.prefix.length + len(out.ids[row])
                     for mine, theirs in ((held.keys, expected.keys), (held.values, expected.values)):
-                        assert torch.allclose(mine[:, row, :, :until], theirs[:, sample, :, :until], atol=1e-5)
+                        assert torch.allclose(mine[:, row, :, :until], theirs[:, sample, :, :until], atol=5e-5)
                 fewer += out.passes < longest
                 different.add(tuple(map(tuple, out.ids)))
     # Some drafts were right; guesses that nobody trained hit one of 8 tokens now and then, one of 96 hardly ever.

@@ -1,7 +1,8 @@
 """Any bytes at all, into everything that reads messages: python -m tests.remote.fuzz_messages --seconds 600
 
-Coverage-guided by atheris (pip install atheris), which then also sees inside msgpack's own Python code; without it,
-hypothesis draws and mutates. Every input goes through both of msgpack's readers, the Python and the C one.
+Coverage-guided by atheris (pip install -e '.[fuzz]'), which also sees inside msgpack's own Python code. `--drawn` needs
+no atheris: hypothesis draws and mutates, blindly. Every input goes through both of msgpack's readers, the Python and
+the C one, and with `--server ws://HOST:PORT` one in TO_SERVER goes to that server, which has to answer it.
 """
 
 from __future__ import annotations
@@ -9,26 +10,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from vla.embodiment import Camera, Embodiment
 from vla.errors import ConfigError, ObservationError, TransportError, VlaError
 from vla.policy import InferContext, InferResult
 from vla.types import ActionChunk, ControlMode, Observation
 
-GUIDED = __name__ == "__main__" and importlib.util.find_spec("atheris") is not None
+TO_SERVER = 50
+GUIDED = __name__ == "__main__" and "--drawn" not in sys.argv
 if GUIDED:
-    import atheris
-
+    try:
+        import atheris
+    except ImportError as error:
+        sys.exit(f"atheris: expected it installed, got {error}. pip install -e '.[fuzz]', or say --drawn.")
     os.environ["MSGPACK_PUREPYTHON"] = "1"  # what `import msgpack` finds below, and the fuzzer looks into
 with atheris.instrument_imports(include=["msgpack", "policies.remote"]) if GUIDED else contextlib.nullcontext():
     import msgpack.fallback
@@ -97,12 +103,41 @@ def _read(data: bytes, library: Any) -> bytes | None:
     return again
 
 
+class Live:
+    """Gives some of the inputs to a server as well, over one connection after the other."""
+
+    def __init__(self, address: str):
+        self._address, self._count = address, 0
+        self._connection: ClientConnection | None = None
+
+    def check(self, data: bytes) -> None:
+        """As `check`; raises, if the server gives this input no answer."""
+        check(data)
+        self._count += 1
+        if self._count % TO_SERVER:
+            return
+        for fresh in (False, True):
+            if self._connection is None:
+                self._connection = connect(self._address, compression=None)
+                self._connection.recv(timeout=9)  # the hello
+            try:
+                self._connection.send(data)
+                self._connection.recv(timeout=9)
+                return
+            except ConnectionClosed:
+                self._connection = None
+                assert not fresh, "the server hung up on a message that is not too large"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seconds", type=int, default=600)
-    seconds = parser.parse_args().seconds
-    if not GUIDED:
-        return _without_atheris(seconds)
+    parser.add_argument("--drawn", action="store_true", help="hypothesis instead of atheris")
+    parser.add_argument("--server", metavar="ADDRESS", help="of a `vla serve` without a token")
+    args = parser.parse_args()
+    once = Live(args.server).check if args.server else check
+    if args.drawn:
+        return _drawn(args.seconds, once)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
@@ -110,29 +145,29 @@ def main() -> None:
             (corpus / str(number)).write_bytes(seed)
         words = Path(folder) / "words"
         words.write_text("".join(f'"{word}"\n' for word in WORDS))
-        limits = [f"-max_total_time={seconds}", "-max_len=4096", "-timeout=10", "-rss_limit_mb=2048"]
-        atheris.Setup([sys.argv[0], *limits, f"-dict={words}", str(corpus)], check)
+        limits = [f"-max_total_time={args.seconds}", "-max_len=4096", "-timeout=10", "-rss_limit_mb=2048"]
+        atheris.Setup([sys.argv[0], *limits, f"-dict={words}", str(corpus)], once)
         atheris.Fuzz()  # ends the process
 
 
-def _without_atheris(seconds: int) -> None:
+def _drawn(seconds: int, once: Callable[[bytes], None]) -> None:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
     edit = st.tuples(st.integers(0, 600), st.integers(0, 9), st.binary(max_size=9))
 
-    @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(SEEDS), st.lists(edit))
     def mutate(seed: bytes, edits: list[tuple[int, int, bytes]]) -> None:
         body = bytearray(seed)
         for at, cut, new in edits:
             body[at : at + cut] = new
-        check(bytes(body))
+        once(bytes(body))
 
     until, count = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         mutate()
-        count += 2000
+        count += 200
     print(f"{count} inputs, nothing found")
 
 

@@ -29,12 +29,12 @@ HOLD = ("--policy", "hold", "--embodiment", "tabletop", "--port", "0")
 
 
 @contextlib.contextmanager
-def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address."""
+def serving(*words: str, limit_s: float = 250) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address. It is killed after limit_s."""
     command = [sys.executable, "-m", "vla.cli.main", "serve", *words]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
-        guard = threading.Timer(250, process.kill)
+        guard = threading.Timer(limit_s, process.kill)
         guard.start()
         try:
             line = process.stdout.readline()
@@ -89,6 +89,9 @@ def test_a_server_that_hangs_costs_a_client_its_time_limit_and_no_more() -> None
         ((*HOLD, "--max-batch", "0"), "max_batch"),
         (("--policy", "hold"), "embodiment"),
         (("--policy", "no such bundle"), "bundle"),
+        (("--policy", "tabletop", "--ensembling", "act"), "ensembling: expected on the side of each robot"),
+        (("--policy", "tabletop", "--reuse", "flashvla"), "vla demo --policy ws://HOST:PORT --reuse flashvla"),
+        (("--policy", "tabletop", "--device", "cuda:99"), "device: expected auto, cpu, or cuda"),
         (("--policy", "tabletop", "--decoder", "jakobi"), "Did you mean 'jacobi"),
         (("--policy", "tabletop", "--embodiment", "libero"), "robot 'libero' and policy 'tabletop'"),
     ],

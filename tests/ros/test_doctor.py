@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 from shells import ONLY_HERE, SHELLS
 
+from policies.hold import ScriptedPolicy
 from ros_nodes import doctor
+from ros_nodes.command_node import build_core
 from ros_nodes.doctor import DOUBT, OK, WRONG, Finding, Live, Topic, check, check_content
 from ros_nodes.graph import free_domain
 from ros_nodes.messages import CompressedImage, Image, JointState, Message, Values, encode
-from ros_nodes.node import STATE, Now, pictures_of
+from ros_nodes.node import JOINT_STATES, STATE, STATE_VECTOR, Now, pictures_of
+from ros_nodes.policy_node import PolicyCore
+from ros_nodes.recorder_node import robot_topics
 from ros_nodes.wire import Participant
 from sim.environment import make
 from vla.cli import main
 from vla.data.content import DataContent, StateRange
+from vla.embodiment import Embodiment
 from vla.resources import load_embodiment
 
 PANDA = load_embodiment("panda")
@@ -81,6 +86,29 @@ def test_a_healthy_graph_passes() -> None:
 
 def only(topic: str, change: Callable[[Any], Message | None]) -> Callable[[str, Message], Message | None]:
     return lambda at, message: change(message) if at == topic else message
+
+
+@pytest.mark.parametrize("robot", [PANDA, load_embodiment("libero")], ids=lambda robot: robot.name)
+def test_what_the_doctor_hears_the_nodes_hear(robot: Embodiment) -> None:
+    """A reader that asks for reliability never meets a driver that publishes sensor data, such as micro-ROS."""
+    vector = robot.action_space == "osc_delta"
+    still = ScriptedPolicy(robot, [np.zeros((1, robot.action_dim), np.float32)])
+    nodes = {
+        "policy": PolicyCore(still, None if vector else lambda q: q).subscriptions,
+        "recorder": robot_topics(robot),
+        **({} if vector else {"command": build_core(robot).subscriptions}),
+    }
+    heard = {endpoint.topic for endpoint in Live(robot).subscriptions if not endpoint.quality.reliable}
+    assert heard == {*(camera.topic for camera in robot.cameras), STATE_VECTOR.topic if vector else JOINT_STATES.topic}
+    for name, subscriptions in nodes.items():
+        asking = [e.topic for e in subscriptions if e.topic in heard and e.quality.reliable]
+        assert not asking, f"{name} asks for reliability of {asking}"
+        assert name == "command" or heard <= {endpoint.topic for endpoint in subscriptions}
+
+
+def test_larger_pictures_of_the_cameras_proportion_will_do() -> None:
+    large = Graph(only(WRIST, lambda m: replace(m, pixels=m.pixels.repeat(2, 0).repeat(2, 1))))
+    assert large.findings()["camera wrist pictures"].state == OK
 
 
 def bad_joint(index: int, value: float) -> Callable[[JointState], JointState]:

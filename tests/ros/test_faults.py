@@ -106,9 +106,10 @@ def test_policy_process_lost_in_motion(graph: Graph, fault: signal.Signals) -> N
     graph.stop()
 
     assert {name: process.returncode for name, process in graph.processes.items()} == dict.fromkeys(graph.processes, 0)
-    stop = next(s for s in json.loads((graph.out / "control.json").read_text())["stops"] if s["silence_ms"] >= 150)
+    stop = next(s for s in json.loads((graph.out / "control.json").read_text())["stops"] if s["silence_ms"] >= 120)
     assert stop["reason"] == Reason.HEARTBEAT.text
-    assert 150 <= stop["silence_ms"] < 250  # noticed when it is reached, with room for a busy machine
+    # Within 150 ms on a machine that has time for it; that bound is held on an exact clock in test_command_core.py.
+    assert 120 <= stop["silence_ms"] < 220
     assert_bounded_brake(Trace.load_mcap(graph.out / "trace.mcap"))
 
 
@@ -213,13 +214,13 @@ def test_a_trajectory_brings_the_arm_to_rest_whenever_the_command_node_dies(afte
 
 
 # ---- messages ----
-def test_joint_states_that_stop_are_noticed_at_150_ms_and_not_at_the_next_period() -> None:
+def test_joint_states_that_stop_are_noticed_at_120_ms_and_not_at_the_next_period() -> None:
     driver = Driver().moving()
     driver.run((20 - driver.time_ns // MS % 50) % 50 or 50)
     driver.joints_alive, last = False, driver.time_ns
     driver.run(400)
     stop = driver.core.summary()["stops"][-1]
-    assert stop["reason"] == Reason.JOINT_STATE_STALE.text and stop["stamp_ns"] - T0 - last <= 151 * MS
+    assert stop["reason"] == Reason.JOINT_STATE_STALE.text and stop["stamp_ns"] - T0 - last <= 121 * MS
 
 
 @pytest.mark.parametrize(("usual_ms", "stops"), [(20, False), (70, True)])
@@ -293,7 +294,7 @@ def test_a_camera_that_changes_its_size() -> None:
     at = driver.time_ns
     driver.run(600)
     stop = driver.core.summary()["stops"][-1]
-    assert stop["reason"] == Reason.CAMERA.text and stop["stamp_ns"] - T0 - at <= PERIOD + 160 * MS
+    assert stop["reason"] == Reason.CAMERA.text and stop["stamp_ns"] - T0 - at <= PERIOD + 150 * MS
     said = driver.diagnosis()
     assert said.level == m.ERROR and "wrist" in said.values["camera"]
     assert "128x128" in said.values["policy"] and "64x64" in said.values["policy"]

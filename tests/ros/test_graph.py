@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from shells import SHELLS
+from shells import graph as nodes
 
 from policies.hold import HoldPolicy
+from policies.vla_policy import VlaPolicy
 from ros_nodes import messages as m
 from ros_nodes.evaluate import evaluate, rates
 from ros_nodes.graph import Graph, Outcome
-from ros_nodes.node import CHUNK, INSTRUCTION, JOINT_STATES, Job, Now, Send
+from ros_nodes.node import CHUNK, INSTRUCTION, JOINT_STATES, REQUEST, Job, Now, Send, pictures_of
 from ros_nodes.policy_node import PolicyCore
-from ros_nodes.request import Request
+from ros_nodes.request import ChunkId, Request
 from sim.environment import make
+from tests.remote.robots import served
+from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.errors import TransportError
 from vla.policy import InferContext, InferResult, infer
 from vla.runtime.trace import Trace
@@ -96,3 +103,45 @@ def test_the_same_observation_gives_the_same_chunk_bit_for_bit_over_the_wire() -
     arrived = m.decode(m.Trajectory.type_name, bytes(m.encode(chunk)))
     over_ros = m.trajectory_to_chunk(arrived, robot.action_names, direct.chunk.period_ns)
     assert np.array_equal(over_ros.actions, direct.chunk.actions) and over_ros.start_ns == direct.chunk.start_ns
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_bundle_gives_the_same_chunk_in_process_over_the_socket_and_over_ros_2(shell: str, tiny_bundle: Path) -> None:
+    """Drawn tokens of a real model, so that the seeds count; pictures at the camera's size, and larger ones."""
+    environment = make("tabletop")
+    first, _ = environment.reset(seed=SEED)
+    names, positions, velocities = environment.joint_state()
+    raw = dict(first.images)
+    environment.close()
+    policy = VlaPolicy.from_bundle(tiny_bundle, AutoregressiveDecoder(temperature=1.0), threads=1)
+    robot, said = policy.embodiment, []
+    with served(policy) as remote, nodes(shell) as running:
+        running.listen(CHUNK)
+        running.operator.start()
+        running.start("policy", policy=tiny_bundle, decoder="autoregressive temperature=1.0", max_age=10.0)
+        running.say(INSTRUCTION, m.Text(first.instruction))
+        for number, times in enumerate((1, 2)):
+            images = {name: image.repeat(times, 0).repeat(times, 1) for name, image in raw.items()}
+            seen = replace(first, images=images, stamp_ns=time.time_ns())
+            context = InferContext(start_ns=seen.stamp_ns, seed=40 + number)
+            running.say(JOINT_STATES, m.JointState(seen.stamp_ns, names, positions, velocities))
+            running.say(REQUEST, Request(0, 7, number, seen.stamp_ns, context.seed).text())
+
+            def answered(number: int = number, seen: Observation = seen) -> list[m.Trajectory]:
+                for camera in robot.cameras:  # best effort: again and again
+                    image = m.Image(seen.stamp_ns, camera.name, "rgb8", seen.images[camera.name])
+                    running.say(pictures_of(camera.topic, False), image)
+                return [c for c in running.heard[CHUNK.topic] if ChunkId.read(c.frame_id).request == number]  # type: ignore
+
+            running.wait(lambda: bool(answered()), "chunk")
+            over_ros = m.trajectory_to_chunk(answered()[0], robot.action_names, round(robot.period_s * 1e9)).actions
+            policy.reset(99)  # not the server's business: a remote robot's seed is its own
+            remote.reset(7)
+            over_socket = infer(remote, seen, context).chunk.actions
+            policy.reset(7)
+            direct = infer(policy, seen, context).chunk.actions
+            assert direct.tobytes() == over_socket.tobytes() == over_ros.tobytes()
+            said.append(direct.tobytes())
+        policy.reset(8)
+        said.append(infer(policy, seen, context).chunk.actions.tobytes())
+    assert len(set(said)) == 3, "seeds matter"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from policies.ensembling_policy import EnsemblingPolicy
 from policies.hold import HoldPolicy
@@ -19,8 +20,9 @@ from ros_nodes import messages as m
 from ros_nodes import policy_node
 from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
 from ros_nodes.policy_node import PolicyCore
-from ros_nodes.request import ChunkId, Request
+from ros_nodes.request import MAX_ID_CHARS, ChunkId, Request
 from tests.decoding.test_continuous import bundle_of
+from vla.data.transforms import resize
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.errors import ConfigError, TransportError
 from vla.models.heads import HeadConfig
@@ -80,8 +82,10 @@ class Driver:
     def give(self, topic: str, message: m.Message) -> None:
         self.perform(self.core.on_message(topic, message, self.now()))
 
-    def frame(self, topic: str = AGENT, stamp_ns: int = 0, size: int = 128, encoding: str = "rgb8") -> None:
-        pixels = np.full((size, size, m.CHANNELS[encoding]), 7, np.uint8)
+    def frame(
+        self, topic: str = AGENT, stamp_ns: int = 0, size: int = 128, encoding: str = "rgb8", width: int = 0
+    ) -> None:
+        pixels = np.full((size, width or size, m.CHANNELS[encoding]), 7, np.uint8)
         self.give(topic, m.Image(T0 + stamp_ns, "cam", encoding, pixels))
 
     def joints(self, stamp_ns: int = 0, names: Any = ROBOT.command_names, positions: Any = None) -> None:
@@ -214,7 +218,8 @@ def test_an_image_taken_later_finds_less_left_of_what_was_committed() -> None:
 
 
 BAD = {
-    "wrong size": (lambda d: d.frame(AGENT, size=64), "expected 128x128, got 64x64"),
+    "too small": (lambda d: d.frame(AGENT, size=64), "expected 128x128, or larger in that proportion, got 64x64"),
+    "another proportion": (lambda d: d.frame(AGENT, size=480, width=640), "in that proportion, got 480x640"),
     "NaN": (lambda d: d.joints(positions=np.full(8, np.nan)), "NaN or infinity in"),
     "missing joint": (lambda d: d.joints(names=ROBOT.command_names[:-1]), "missing ['gripper']"),
     "empty instruction": (lambda d: d.give(INSTRUCTION.topic, m.Text("  ")), "empty text"),
@@ -237,6 +242,16 @@ def test_bad_input_gives_no_chunk_and_says_why_and_recovers(fault: str) -> None:
     driver.sensors(driver.time_ns)
     driver.ask(number=1, start_ns=driver.time_ns)
     assert driver.chunks and driver.beat().level == m.OK
+
+
+@pytest.mark.parametrize("size", [256, 320])
+def test_larger_pictures_in_the_cameras_proportion_reach_the_policy_averaged(size: int) -> None:
+    driver = Driver().ready()
+    pixels = np.random.default_rng(1).integers(0, 256, (size, size, 3), np.uint8)
+    driver.give(AGENT, m.Image(T0, "cam", "rgb8", pixels))
+    driver.ask()
+    assert np.array_equal(driver.policy.seen[0][0].images["agentview"], resize(pixels, 128, 128))
+    assert driver.beat().level == m.OK
 
 
 # ---- compressed pictures ----
@@ -288,7 +303,7 @@ BAD_FILES = {
     "depth": ({"format": "16UC1; compressedDepth png"}, "format: expected jpeg or png"),
     "16 bits": ({"data": picture(mode="I;16")}, "expected 8 bits per colour, got I;16"),
     "not what it says": ({"data": picture(kind="jpeg")}, "expected a whole png"),
-    "another size": ({"size": 64}, "expected 128x128, got 64x64"),
+    "another size": ({"size": 64}, "expected 128x128, or larger in that proportion, got 64x64"),
     "cut short": ({"data": picture()[:9000]}, "expected a whole png, got 9000 bytes"),
     "cut short, jpeg": ({"data": picture(kind="jpeg")[:9000], "format": "jpeg"}, "expected a whole jpeg"),
 }
@@ -414,6 +429,19 @@ def test_the_heartbeat_says_what_chunks_cost(monkeypatch: pytest.MonkeyPatch) ->
     assert 0 <= float(values["latency_ms_p50"]) <= float(values["latency_ms_p99"])
 
 
+def test_the_heartbeat_and_the_chunk_say_what_the_decoder_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver().ready()
+    chunk = ActionChunk(np.zeros((4, 7), np.float32), T0, 0.05)
+    reports = iter([DecodeReport(notes={"averaged": 1.0, "confidence": 0.975}), DecodeReport()])
+    monkeypatch.setattr(driver.policy, "infer_batch", lambda o, c: [InferResult(chunk, next(reports))])
+    driver.ask()
+    values = driver.beat().values
+    assert (values["note.averaged"], values["note.confidence"]) == ("1", "0.975")
+    assert ChunkId.read(driver.chunks[0].frame_id).notes == (("averaged", 1.0), ("confidence", 0.975))
+    driver.ask(number=1)
+    assert not any(key.startswith("note.") for key in driver.beat().values), "they are the last chunk's"
+
+
 class Moving(Recording):
     """Always the same way, and always with an eye on the same places."""
 
@@ -450,20 +478,28 @@ def test_a_reused_chunk_is_published_as_short_as_it_is_and_goes_on(ensembling: b
 def test_the_node_runs_what_its_command_line_names(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundle_of(heads=(HeadConfig("words", "tokens", 0, 9),), text_vocab=512)
     cores: list[PolicyCore] = []
-    monkeypatch.setattr("vla.checkpoints.bundle.load", lambda path, device: bundle)
+    devices: list[str] = []
+    monkeypatch.setattr("vla.checkpoints.bundle.load", lambda path, device: (devices.append(device), bundle)[1])
     monkeypatch.setattr("ros_nodes.policies.bundle_path", lambda name: name)
     monkeypatch.setattr(VlaPolicy, "warm_up", lambda self: None)
     monkeypatch.setattr("ros_nodes.wheel_shell.run", lambda core, options: cores.append(core))
     policy_node.main(["--policy", "somewhere"])
     words = ["--decoder", "jacobi", "window=3", "--pruning", "score", "layer=1", "--reuse", "flashvla"]
     policy_node.main([*words, "--ensembling", "act", "decay=0.2", "--policy", "somewhere"])
-    plain, full = (core._policy for core in cores)
+    policy_node.main(["--policy", "somewhere", "--device", "auto"])
+    with pytest.raises(ConfigError, match="device: expected auto, cpu, or cuda or cuda:N that is there, got 'cuda:99'"):
+        policy_node.main(["--policy", "somewhere", "--device", "cuda:99"])
+    assert devices == ["cpu", "cpu", "cuda:0" if torch.cuda.is_available() else "cpu"]
+    plain, full, _ = (core._policy for core in cores)
+    assert cores[0].status().values["device"] == "cpu"
     assert isinstance(plain, VlaPolicy) and isinstance(plain.decoder, AutoregressiveDecoder)
     assert isinstance(full, EnsemblingPolicy) and full.rule.decay == 0.2 and isinstance(full.policy, ReusePolicy)
     inner = full.policy.policy
     assert isinstance(inner, VlaPolicy) and inner.decoder.window == 3 and inner.selection.drop is False  # type: ignore
     with pytest.raises(ConfigError, match="expected a bundle, got 'hold'"):
         policy_node.main(["--policy", "hold", "--embodiment", "tabletop", "--decoder", "jacobi"])
+    with pytest.raises(ConfigError, match="device: expected a bundle to run there, got 'hold'"):
+        policy_node.main(["--policy", "hold", "--embodiment", "tabletop", "--device", "cuda"])
 
 
 def test_requests_survive_the_wire_exactly() -> None:
@@ -476,6 +512,13 @@ def test_requests_survive_the_wire_exactly() -> None:
         Request.read(m.Text(re.sub(r'"committed":.*', '"committed":[[NaN]]}', request.text().data)))
     identity = ChunkId(1, 2, 3, 4, 5, 6)
     assert ChunkId.read(identity.text()) == identity
-    for text in ("", "v2/1/2/3/4/5/6", "v1/1/2", "v1/a/2/3/4/5/6"):
+    notes = (("window", 16.0), ("missed", float("inf")))
+    for offsets in ((), (-5, 7)):
+        told = dataclasses.replace(identity, offsets_ns=offsets, notes=notes)
+        assert ChunkId.read(told.text()) == told
+    many = dataclasses.replace(identity, notes=(("a/b", 1.0), *((f"note_{i}", i / 7) for i in range(99))))
+    back = ChunkId.read(many.text()).notes
+    assert len(many.text()) <= MAX_ID_CHARS and 10 < len(back) < 99 and back[1] == ("note_1", 0.142857)
+    for text in ("", "v2/1/2/3/4/5/6", "v1/1/2", "v1/a/2/3/4/5/6", "v1/1/2/3/4/5/6//a=b", "v1/1/2/3/4/5/6///"):
         with pytest.raises(TransportError, match="chunk frame_id"):
             ChunkId.read(text)

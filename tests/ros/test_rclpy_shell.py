@@ -10,24 +10,29 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import yaml
 from shells import ONLY_HERE, ROOT, Graph, graph, needs_rclpy, ros_environment
 
-from ros_nodes.messages import Clock, JointState, Text, encode
+from ros_nodes.messages import OK, Clock, Image, JointState, Status, Text, Values, chunk_to_trajectory, encode
 from ros_nodes.node import (
+    CHUNK,
     CLOCK,
     CONTROL,
     CONTROL_STATUS,
     DIAGNOSTICS,
     HEARTBEAT,
     JOINT_STATES,
+    RECORD_STATUS,
+    REQUEST,
     RESET,
+    SENSOR,
     STATE,
     Effects,
     Endpoint,
@@ -36,11 +41,15 @@ from ros_nodes.node import (
     Periodic,
     Send,
 )
+from ros_nodes.request import ChunkId, Request
 from ros_nodes.settings import COMMAND, NodeKind
 from vla.resources import config_dir, load_embodiment
+from vla.types import ActionChunk
 
 pytestmark = [pytest.mark.ros, needs_rclpy]
 ROBOT = load_embodiment("tabletop")
+CAMERA = Endpoint("/camera/image_raw", Image.type_name, SENSOR)
+COMMANDS = Endpoint(ROBOT.command_topic, Values.type_name)
 ANSWER_S = 60.0
 
 
@@ -191,7 +200,7 @@ def test_names_are_relative_and_qos_can_be_overridden(found: Graph, ros: Ros) ->
     (chunks,) = ros.node.get_subscriptions_info_by_topic("/left/vla/chunk")
     (joints,) = ros.node.get_subscriptions_info_by_topic("/left/joint_states")
     assert chunks.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT
-    assert joints.qos_profile.reliability == ReliabilityPolicy.RELIABLE
+    assert joints.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT  # hears drivers of sensor data, too
     assert found.end(process) == (0, "")
 
 
@@ -296,8 +305,75 @@ def test_an_instruction_is_executed_until_time_or_cancel(found: Graph, ros: Ros)
         found.say(CONTROL, Text.of(op="done", success=True))
         ended = ros.result(handle.get_result_async())
         assert ended.status == GoalStatus.STATUS_SUCCEEDED and ended.result.success
+        # What else the node says of itself does not end a goal; deactivation does.
+        handle = send(instruction="push the red cube")
+        assert ros.trigger("/vla/save")[0]
+        wait(lambda: any(f.phase == "running" for f in said), "feedback of a running episode")
+        assert ros.change("vla_command", "deactivate")
+        ended = ros.result(handle.get_result_async())
+        assert ended.status == GoalStatus.STATUS_ABORTED
+        assert ended.result.message == "vla_command was deactivated"
+        refused = send(instruction="push the red cube")
+        assert ros.result(refused.get_result_async()).result.message == "vla_command is not active"
+        assert ros.change("vla_command", "cleanup")
     code, errors = found.end(process)
     assert code == 0 and errors.count("[WARN]") == 1 and "expected a sentence" in errors
+
+
+class Moving(Arm):
+    """An arm that follows its commands, and a policy that moves it sideways, without pictures."""
+
+    def __init__(self, found: Graph):
+        super().__init__(found)
+        for endpoint in (COMMANDS, REQUEST):
+            found.listen(endpoint)
+        self.commands, self._requests = found.heard[COMMANDS.topic], found.heard[REQUEST.topic]
+        self._chunks, self._beats = found.publisher(CHUNK), found.publisher(HEARTBEAT)
+        self._answered = 0
+
+    def _run(self) -> None:
+        actions = np.zeros((16, 7), np.float32)
+        actions[:, 1], actions[:, 6] = 0.002, 1.0
+        while not self._ended.wait(0.02):
+            positions = self.commands[-1].data if self.commands else np.array(ROBOT.home)
+            self._publisher.publish(encode(JointState(time.time_ns(), ROBOT.command_names, positions)))
+            self._beats.publish(encode(Status(OK, "policy", "ready", {})))
+            if len(self._requests) > self._answered:
+                request = Request.read(self._requests[-1])
+                chunk = ActionChunk(actions, request.start_ns + 1, ROBOT.period_s)
+                identity = ChunkId(request.episode, request.number, self._answered).text()
+                self._answered = len(self._requests)
+                self._chunks.publish(encode(chunk_to_trajectory(chunk, ROBOT.action_names, identity)))
+
+
+def test_deactivated_in_motion_it_brakes_and_moves_again_only_when_told(found: Graph, ros: Ros) -> None:
+    found.listen(CONTROL_STATUS)
+    arm = Moving(found)
+    found.publisher(CONTROL)
+    found.operator.start()
+    process = found.start("command", embodiment="tabletop")
+    found.hear(CONTROL_STATUS.topic)
+
+    def until_it_moves(episode: int) -> None:
+        found.say(CONTROL, Text.of(op="go", episode=episode, seed=1))
+        begin = len(arm.commands)
+        found.wait(lambda: len(arm.commands) > begin + 5 and np.ptp(moved(begin), axis=0).max() > 0.01, "motion")
+
+    def moved(begin: int) -> np.ndarray:
+        return np.array([message.data for message in arm.commands[begin:]])
+
+    with arm:
+        until_it_moves(1)
+        assert ros.change("vla_command", "deactivate")
+        found.hear(CONTROL_STATUS.topic, lambda m: m.object()["phase"] == "idle" and m.object()["episode"] == 1)
+        time.sleep(0.3)
+        count = len(arm.commands)
+        assert not np.any(np.diff(moved(count - 2), axis=0)), "the last commands hold"
+        assert ros.change("vla_command", "activate")
+        time.sleep(1.0)
+        assert len(arm.commands) == count, "nobody asked for it again"
+        until_it_moves(2)
+    assert found.end(process) == (0, "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("control_msgs") is None, reason="control_msgs is not installed here")
@@ -405,6 +481,16 @@ def test_jobs_never_block_the_executor(found: Graph, ros: Ros, monkeypatch: pyte
 
 
 # ---- launch ----
+def film(path: Path) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=20)
+        stream.width, stream.height = 64, 48
+        for value in range(20):
+            picture = np.full((48, 64, 3), 10 * value, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+
+
 def ros2_launch(file: str, domain: int, *words: str) -> subprocess.Popen[str]:
     code = (
         "import sys; from launch import LaunchDescription, LaunchService; from launch.actions import *; "
@@ -418,6 +504,43 @@ def ros2_launch(file: str, domain: int, *words: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", code, str(ROOT / "launch" / file), *words], cwd="/", env=ros_environment(domain),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+LAUNCHED: dict[str, tuple[Endpoint, dict[str, str]]] = {  # what each launch file is given, and what it then says
+    "policy": (HEARTBEAT, {"bundle": "tabletop"}),
+    "record": (RECORD_STATUS, {"robot": "tabletop", "out": "{folder}/recordings", "wait": "true"}),
+    "camera": (CAMERA, {"source": "{folder}/desk.mp4", "loop": "true"}),
+}
+
+
+def end(launch: subprocess.Popen[str], nodes: int) -> None:
+    """Ctrl-C, and every node ends cleanly."""
+    launch.send_signal(signal.SIGINT)
+    out = "".join(launch.communicate(timeout=90))
+    assert launch.returncode == 0 and out.count("process has finished cleanly") == nodes, out
+
+
+def kill(launches: Iterable[subprocess.Popen[str]]) -> None:
+    for process in launches:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("launch_ros") is None, reason="launch_ros is not installed here")
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_launch_file_runs_its_node_and_ends_it(found: Graph, name: str, tmp_path: Path) -> None:
+    endpoint, given = LAUNCHED[name]
+    film(tmp_path / "desk.mp4")
+    found.listen(endpoint)
+    found.operator.start()
+    words = [f"{key}:={value.format(folder=tmp_path)}" for key, value in given.items()]
+    launch = ros2_launch(f"{name}.launch.py", found.domain, *words)
+    found.processes.append(launch)
+    try:
+        found.hear(endpoint.topic)
+        end(launch, nodes=1)
+    finally:
+        kill([launch])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("launch_ros") is None, reason="launch_ros is not installed here")
@@ -437,12 +560,7 @@ def test_the_launch_files_drive_the_simulator(found: Graph) -> None:
         found.hear(CONTROL_STATUS.topic)
         found.say(RESET, Text.of(episode=1, seed=1_000_101))
         found.hear(CONTROL_STATUS.topic, lambda m: m.object()["episode"] == 1 and m.object()["due"] > 10)
-        for name, process in launches.items():
-            process.send_signal(signal.SIGINT)
-            out = "".join(process.communicate(timeout=90))
-            assert process.returncode == 0, out
-            assert out.count("process has finished cleanly") == (2 if name == "robot" else 1), out
+        end(launches["robot"], nodes=2)
+        end(launches["sim"], nodes=1)
     finally:
-        for process in launches.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        kill(launches.values())

@@ -183,7 +183,7 @@ def test_bundle_and_parts_that_were_not_recorded_are_said(run: dict[str, Any], c
     path = edited(run["bag"], tmp_path / "silent", silent)
     assert replay(capsys, path, "--decoder", "jacobi")[0] == 0
     code, outcome = replay(capsys, path, "--decoder", "autoregressive", "temperature=1.0")
-    assert code == 1 and outcome["causes"] == ["not recorded, so perhaps another: bundle, parts, torch"]
+    assert code == 1 and outcome["causes"] == ["not recorded, so perhaps another: bundle, parts, torch, device"]
 
 
 def test_own_schedule_with_the_recorded_latencies_repeats_the_motion(run: dict[str, Any], capsys: Any) -> None:

@@ -248,12 +248,56 @@ def test_periods_are_absolute_and_skipped_ones_counted() -> None:
 
 
 def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLA_CLOCK_OFFSET_NS", "1000")
+    given = time.time_ns() - time.monotonic_ns() + 1_000_000  # what another process of the graph measured
+    monkeypatch.setenv("VLA_CLOCK_OFFSET_NS", str(given))
     now = GraphClock().now()
-    assert now.stamp_ns == now.steady_ns + 1000
+    assert now.stamp_ns == now.steady_ns + given
+    monkeypatch.setenv("VLA_CLOCK_OFFSET_NS", str(given - 3600 * 10**9))  # before the wall clock was set
+    now = GraphClock().now()
+    assert abs(now.stamp_ns - time.time_ns()) < 1_000_000_000 and now.set_ns == 0
     clock = GraphClock(simulated=True)
     assert clock.now().stamp_ns == 0
     clock.follow(77)
     assert clock.now().stamp_ns == 77
     monkeypatch.delenv("VLA_CLOCK_OFFSET_NS")
     assert abs(GraphClock().now().stamp_ns - time.time_ns()) < 1_000_000_000
+
+
+class Machine:
+    """The two clocks of a machine, in the place of `time`; interrupt_ns passes between one reading and the next."""
+
+    def __init__(self) -> None:
+        self.steady, self.offset, self.interrupt_ns = 5_000_000_000, 1_700_000_000_000_000_000, 0
+
+    def monotonic_ns(self) -> int:
+        self.steady += self.interrupt_ns
+        return self.steady
+
+    def time_ns(self) -> int:
+        self.steady += self.interrupt_ns
+        return self.steady + self.offset
+
+
+@pytest.mark.parametrize("by_ns", [3600 * 10**9, -3600 * 10**9, 51_000_000])
+def test_the_graph_follows_a_wall_clock_that_is_set(monkeypatch: pytest.MonkeyPatch, by_ns: int) -> None:
+    machine = Machine()
+    monkeypatch.delenv("VLA_CLOCK_OFFSET_NS", raising=False)
+    monkeypatch.setattr("ros_nodes.shell.time", machine)
+    clock = GraphClock()
+    first = clock.now()
+    assert first.set_ns == 0 and first.stamp_ns == machine.time_ns()
+    machine.offset += by_ns
+    assert clock.now().stamp_ns == machine.time_ns() and clock.now().set_ns == by_ns
+    machine.offset -= by_ns
+    assert clock.now().stamp_ns == machine.time_ns() and clock.now().set_ns == 0
+
+
+def test_slewing_and_interruptions_are_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    monkeypatch.delenv("VLA_CLOCK_OFFSET_NS", raising=False)
+    monkeypatch.setattr("ros_nodes.shell.time", machine)
+    clock = GraphClock()
+    machine.offset += 49_000_000
+    assert clock.now().set_ns == 0
+    machine.interrupt_ns = 100_000_000
+    assert clock.now().set_ns == 0

@@ -11,6 +11,7 @@ from mcap.reader import make_reader
 
 from policies.hold import ScriptedPolicy
 from vla.errors import ConfigError, DataError
+from vla.policy import DecodeReport
 from vla.runtime.gate import Decision, Gate, Reason, Verdict
 from vla.runtime.loop import ControlLoop, run_episode
 from vla.runtime.scheduler import DueAction, OverlappedScheduler, SequentialScheduler
@@ -75,6 +76,15 @@ def test_traces_without_observation_stamps_are_read_as_not_knowing_them(recorded
     loaded = Trace.load_mcap(recorded.save_mcap(tmp_path / "trace.mcap"))
     assert loaded.rows == recorded.rows and np.all(loaded.stamp_ns[: loaded.rows] == -1)
     assert np.all(loaded.infer_stamp_ns[: loaded.inferences] == -1)
+
+
+def test_what_a_decoder_told_is_kept_per_inference(recorded, tmp_path):
+    told = [{"averaged": 1.0, "confidence": 0.975}, {"moved": float("nan")}]
+    for notes in told:
+        recorded.inference(10**12, 10**12, 1.0, DecodeReport(notes=notes))
+    loaded = Trace.load_mcap(recorded.save_mcap(tmp_path / "trace.mcap"))
+    assert loaded.infer_notes[loaded.inferences - 2] == told[0] and loaded.infer_notes[0] == {}
+    assert np.isnan(loaded.infer_notes[loaded.inferences - 1]["moved"])
 
 
 def test_a_cleared_trace_begins_anew(recorded):

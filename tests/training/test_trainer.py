@@ -12,7 +12,9 @@ from vla.cli import info
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
+from vla.tokenizers import FastTokenizer
 from vla.training import objectives
+from vla.training.branches import draw
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
 from vla.training.recipes import DistillRecipe, HeadRecipe, TokenizerRecipe
 from vla.training.trainer import Trainer, train
@@ -147,6 +149,21 @@ def test_a_run_can_start_from_a_bundle(tiny_dataset, tiny_bundle, tmp_path) -> N
         Trainer(changed)
 
 
+def test_a_tokenizer_of_another_kind_than_the_starts_is_refused(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    """The name `fast` would train another tokenizer than its recipe says."""
+
+    def asking(recipe):
+        heads = {"fast": HeadRecipe("tokens", recipe, 16, 32)}
+        return tiny_config(tiny_dataset, tmp_path / "out", init=str(tiny_bundle), heads=heads)
+
+    with pytest.raises(ConfigError, match=r"heads\.fast\.tokenizer: expected init's FastTokenizer, got bins"):
+        Trainer(asking(TokenizerRecipe("bins")))
+    steps = np.random.default_rng(0).normal(size=(40, 16, 7)).cumsum(axis=1).astype(np.float32) / 4
+    FastTokenizer.fit(steps, 128, 5.0).save(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"heads\.fast\.tokenizer: .*fast_file .*other"):
+        Trainer(asking(TokenizerRecipe("fast_file", path=str(tmp_path / "other"))))
+
+
 def test_what_to_look_for_is_ahead_and_standardised(tiny_dataset) -> None:
     data = TrainingData(LeRobotDataset(tiny_dataset), 16)
     episode = data.dataset.episodes[0]
@@ -258,6 +275,47 @@ def test_heads_train_together_as_if_alone(tiny_dataset, tiny_bundle, tmp_path) -
         assert float(one[name]) == pytest.approx(float(all_of_them[name]), rel=1e-5), name
     assert {"bins", "bins_exit", "bins_guess", "flow", "parallel", "hybrid", "hybrid_noise"} <= set(all_of_them)
     assert float(all_of_them["hybrid_noise"]) == pytest.approx(1.0, abs=0.1)  # zero-initialised: predicts no noise
+
+
+def test_repeated_noise_is_more_of_the_same_loss(tiny_dataset, tiny_bundle, tmp_path) -> None:
+    """The mean over the noises and times that would be drawn one by one; nothing else changes."""
+    heads = {name: ALL_HEADS[name] for name in ("fast", "hybrid")}
+    often = {**heads, "hybrid": replace(heads["hybrid"], noise_repeats=3)}
+    for freeze in (False, True):
+        one, three = (
+            Trainer(
+                tiny_config(
+                    tiny_dataset, tmp_path / f"{freeze}{len(out)}", init=str(tiny_bundle), freeze=freeze, heads=out
+                )
+            )
+            for out in (heads, often)
+        )
+        with torch.no_grad():
+            for trainer in (one, three):  # opinions about the noise
+                torch.manual_seed(1)
+                trainer.model.heads["hybrid"].noise[2].weight.normal_(std=0.3)
+        frames = one.data.train_frames[:4]
+        given, more = one._tensors(frames, 5), three._tensors(frames, 5)
+        assert torch.equal(given["noise"], more["noise"]) and torch.equal(given["time"], more["time"])
+        assert more["noises"].shape == (2, *given["noise"].shape) and len(more["progresses"]) == 2
+        drawn = zip((given["noise"], *more["noises"]), (given["progress"], *more["progresses"]))
+        with torch.no_grad():
+            each = [
+                one._losses(one.model, {**given, "noise": noise, "progress": progress}) for noise, progress in drawn
+            ]
+            together = three._losses(three.model, more)
+        assert len({float(losses["hybrid_noise"]) for losses in each}) == 3
+        expected = np.mean([float(losses["hybrid_noise"]) for losses in each])
+        assert float(together["hybrid_noise"]) == pytest.approx(expected, rel=1e-4)
+        assert float(together["hybrid_tokens"]) == pytest.approx(float(each[0]["hybrid_tokens"]), rel=1e-4)
+        assert float(together["fast"]) == pytest.approx(float(each[0]["fast"]), rel=1e-4)
+    assert set(draw([1], 2, 3, 4)) == {"noise", "time", "progress"}
+
+
+def test_only_noise_is_repeated(tiny_dataset, tmp_path) -> None:
+    for name, repeats in (("flow", 2), ("hybrid", 0)):
+        with pytest.raises(ConfigError, match=rf"heads\.{name}\.noise_repeats"):
+            tiny_config(tiny_dataset, tmp_path, heads={name: replace(ALL_HEADS[name], noise_repeats=repeats)})
 
 
 def test_frozen_backbone_stays_and_heads_learn(tiny_dataset, tiny_bundle, tmp_path) -> None:

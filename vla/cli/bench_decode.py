@@ -18,10 +18,11 @@ from vla.files import write_text
 
 EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, warm-up left out. ms per chunk
 holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the time to the first action.
-actions/s is executed actions over inference time, refresh one over it. x bins, x FAST: times as fast as greedy decoding
-of those. Overhead: decoding time outside of the passes, in percent of them. Exact decoders run no episodes: they give
-greedy's actions; the share of equal chunks is printed, and how many differ with the model in bf16. The others run the
-same seeds as greedy of their reference; the difference is paired, 'inconclusive' when its interval holds 0.
+Inferences that reuse a chunk count among them. actions/s is executed actions over inference time, refresh one over it.
+x bins, x FAST: times as fast as greedy decoding of those. Overhead: decoding time outside of the passes, in percent of
+them. Exact decoders run no episodes: they give greedy's actions; the share of equal chunks is printed, and how many
+differ with the model in bf16. The others run the same seeds as greedy of their reference; the difference is paired,
+'inconclusive' when its interval holds 0.
 
 examples:
   vla bench decode                                           costs only, on the shipped policy

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle folder, shipped bundle, ws:// address, 'expert' or 'hold' (default: shipped, else expert)",
     )
     parts.add_arguments(parser)
+    parser.add_argument("--device", default="cpu", help="of a bundle: cpu (default), cuda, ...; auto: the GPU if any")
     parser.add_argument(
         "--rtf", type=float, metavar="F", help="simulated seconds per wall second (default: 1; LIBERO 0.25)"
     )
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     policy = args.policy or _default_policy(args.env)
     parts = named_in(args)
-    _check(args.env, policy, parts)
+    _check(args.env, policy, parts, args.device)
     plan = Plan(
         args.env, policy, args.task, args.episodes, args.seed, args.out, args.rtf, args.domain, args.realtime,
-        parts,
+        parts, args.device,
     )  # fmt: skip
     if args.seed < EVAL_SEED_START and policy != "expert":
         console.print(f"note: a policy may have been trained on seeds below {EVAL_SEED_START}")
@@ -184,7 +185,7 @@ def _default_policy(env: str) -> str:
     return env if env in pretrained_names() else "expert"
 
 
-def _check(env: str, policy: str, parts: Mapping[str, tuple[str, ...]]) -> None:
+def _check(env: str, policy: str, parts: Mapping[str, tuple[str, ...]], device: str = "cpu") -> None:
     """Misspelt names are found here, at once, instead of in the log of a process that died."""
     from policies.parts import Parts
     from sim.control import EXPERTS
@@ -196,17 +197,20 @@ def _check(env: str, policy: str, parts: Mapping[str, tuple[str, ...]]) -> None:
         raise ConfigError(f"env: unknown environment {env!r}. {nearest(env, ENVIRONMENTS)}")
     if policy == "expert" and env not in EXPERTS:
         raise ConfigError(f"policy: no scripted expert for {env!r}. Pass --policy BUNDLE or --policy hold.")
+    named = [*parts, *(["device"] if device != "cpu" else [])]
     if is_address(policy):
         from policies.remote.attach import attached
         from ros_nodes.graph import robot_of
 
+        if device != "cpu":
+            raise ConfigError(f"device: expected a bundle as policy, got {policy!r}. Pass it to `vla serve`.")
         attached(policy, load_embodiment(robot_of(env)), Parts.named(parts))[1].close()
     elif policy not in ("expert", "hold"):
         bundle_path(policy)
-        if parts:
-            Parts.named(parts).load(bundle_path(policy))
-    elif parts:
-        raise ConfigError(f"{', '.join(parts)}: expected a bundle as policy, got {policy!r}. Pass --policy BUNDLE.")
+        if named:
+            Parts.named(parts).load(bundle_path(policy), device)
+    elif named:
+        raise ConfigError(f"{', '.join(named)}: expected a bundle as policy, got {policy!r}. Pass --policy BUNDLE.")
 
 
 def _nodes(policy: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ OUTPUT_FOLDERS = {"logs": "*.log", "stats": "*.json"}
 class Plan:
     """What `vla demo` was asked for. task: None for the environment's own choice. rtf: None for its default.
 
-    parts: what a bundle is run with, by name, see policies.parts.
+    parts: what a bundle is run with, by name, see policies.parts. device: where it runs.
     """
 
     env: str
@@ -41,6 +41,7 @@ class Plan:
     domain: int | None = None
     realtime: bool = False
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 class Run:
@@ -59,7 +60,7 @@ class Run:
         self.graph = Graph(
             plan.env, plan.policy, out=plan.out, task=plan.task, real_time_factor=plan.rtf, domain=plan.domain,
             watch=watched, on_image=self.recorder.on_image, restart=("policy",), realtime=plan.realtime,
-            parts=plan.parts,
+            parts=plan.parts, device=plan.device,
         )  # fmt: skip
 
     def __enter__(self) -> Run:

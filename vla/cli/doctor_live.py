@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LIVE_S, SHADOW_S = 5.0, 30.0
 SHELLS = ("rclpy", "wheel")
-_OF_POLICY = ("decoder", "pruning", "reuse", "ensembling", "threads", "compressed", "slop", "max_age")
+_OF_POLICY = ("decoder", "pruning", "reuse", "ensembling", "device", "threads", "compressed", "slop", "max_age")
 _END_S = 10.0  # how long the last inference may take
 
 

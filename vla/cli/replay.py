@@ -86,7 +86,7 @@ def replay(args: argparse.Namespace, progress: Callable[[int, int], None] | None
         counts = {
             topic: bag.topics[topic].messages if topic in bag.topics else 0 for topic in ("/vla/request", "/vla/chunk")
         }
-        facts = facts_of(args.policy, _parts(args))
+        facts = facts_of(args.policy, _parts(args), args.device)
         if all(counts.values()) and not own:
             from ros_nodes.policy_node import build
 
@@ -141,7 +141,7 @@ def _parts(args: argparse.Namespace) -> Any:
 def _policy(args: argparse.Namespace) -> Any:
     from ros_nodes.policies import load_policy
 
-    return load_policy(args.policy, args.embodiment or None, args.threads, _parts(args))
+    return load_policy(args.policy, args.embodiment or None, args.threads, _parts(args), args.device)
 
 
 def _trace(path: Path) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vla.policy import Policy
 
+OF_THE_ROBOT = ("reuse", "ensembling")  # they remember what one robot did: its client has them
 EPILOG = """A robot connects with policies.remote.client.RemotePolicy("ws://HOST:PORT"), `vla eval policy=ws://HOST:PORT`,
 `vla demo --policy ws://HOST:PORT`, or openpi-client. Ctrl-C or SIGTERM ends the server.
 
@@ -27,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = EPILOG
     parser.add_argument("--policy", required=True, help="bundle folder, shipped bundle, or 'hold'")
-    for group in ("decoder", "pruning"):  # the other parts remember, and belong to one robot: to its client
-        parser.add_argument(f"--{group}", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"), help=GROUPS[group])
+    for group, text in GROUPS.items():
+        words = argparse.SUPPRESS if group in OF_THE_ROBOT else text
+        parser.add_argument(f"--{group}", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"), help=words)
     parser.add_argument("--embodiment", metavar="ROBOT", help="refuse a policy made for another; needed for 'hold'")
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...; auto: the GPU if any")
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (default: 1)")
     where = parser.add_argument_group("who may connect")
     where.add_argument(
@@ -87,6 +89,9 @@ def _policy(args: argparse.Namespace) -> tuple[Policy, Mapping[str, Any]]:
     from vla.errors import ConfigError, explain
     from vla.resources import bundle_path, load_embodiment
 
+    for group in filter(lambda group: getattr(args, group), OF_THE_ROBOT):
+        remedy = f"Say it there: vla demo --policy ws://HOST:PORT --{group} {' '.join(getattr(args, group))}."
+        raise ConfigError(explain(group, "on the side of each robot", "on the server", remedy))
     robot = None if args.embodiment is None else load_embodiment(args.embodiment)
     about = {"name": args.policy, "software": _version()}
     names = {"decoder": args.decoder, "pruning": args.pruning}

@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from vla.embodiment import Camera
 from vla.errors import DataError, explain
 
 
@@ -33,6 +34,20 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     area = rows * columns
     mean = (total.astype(np.int64) + area // 2) // area
     return np.moveaxis(mean.astype(np.uint8), 1, 3).reshape(*image.shape[:-3], height, width, channels)
+
+
+def fits(height: int, width: int, camera: Camera) -> bool:
+    """Whether a picture of this size can stand for the camera's: the same size, or larger in the same proportion.
+
+    A smaller one would be blurred beyond what the policy saw in training, and another proportion shows another field of
+    view.
+    """
+    return height >= camera.height and height * camera.width == width * camera.height
+
+
+def fitted(image: np.ndarray, camera: Camera) -> np.ndarray:
+    """uint8[H, W, C] at the camera's size if it `fits`, area-averaged; as it is if not."""
+    return resize(image, camera.height, camera.width) if fits(*image.shape[:2], camera) else image
 
 
 def _block_means(image: np.ndarray, down: int, across: int) -> np.ndarray:

@@ -53,7 +53,9 @@ class Grammar:
             return logits.float()
         if len(remaining) == len(remaining[0]) == 1:
             return logits.float() + self._rows[remaining[0][0]]
-        return logits.float() + embedding(torch.tensor(remaining, device=self.bias.device), self.bias)
+        # Not torch.tensor(device=...): that waits until the pass is done.
+        rows = torch.tensor(remaining).to(self.bias.device, non_blocking=True)
+        return logits.float() + embedding(rows, self.bias)
 
     def before_each(self, remaining: int, tokens: Sequence[int]) -> list[int]:
         """Values still to come before each of `tokens`, and after the last: len(tokens) + 1 numbers."""
@@ -266,6 +268,13 @@ def find_head(bundle: Bundle, name: str, kind: str, tokenizer: str = "") -> str:
             remedy = f"Train one: vla train head=[...,{tokenizer or 'fast'}]."
         raise ConfigError(explain("decoder.head", wanted, got, remedy))
     return name or fitting[0]
+
+
+def check_length(bundle: Bundle, key: str, length: int, remedy: str) -> None:
+    """ConfigError when a pass over `length` tokens is longer than any chunk: a token stands for at least one value."""
+    most = bundle.config.horizon * bundle.config.action_dim
+    if length > most:
+        raise ConfigError(explain(key, f"at most {most}, the tokens of a chunk", length, remedy))
 
 
 def _tokens(tokenizer: ActionTokenizer | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
 from vla.decoding.jacobi import jacobi
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
@@ -36,11 +36,7 @@ class CappedJacobiDecoder(TokenDecoder):
 
     def check(self, bundle: Bundle) -> None:
         super().check(bundle)
-        values = bundle.config.horizon * bundle.config.action_dim
-        if self.window > values:
-            raise ConfigError(
-                explain("decoder.window", f"at most {values}, the tokens of a chunk", self.window, "0 takes them all.")
-            )
+        check_length(bundle, "decoder.window", self.window, "0 takes them all.")
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.warm else [()] * given.batch

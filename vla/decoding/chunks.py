@@ -96,6 +96,16 @@ def goals(given: DecodeInput) -> tuple[np.ndarray, np.ndarray, list[int]]:
     return targets, masks, counts
 
 
+def keep_committed(actions: np.ndarray, targets: np.ndarray, counts: Sequence[int]) -> float:
+    """Write the committed actions of `goals` over the first of `actions` [B, T, A], as they were committed: a scheduler
+    that stopped among them goes on with what it had promised. Returns the largest difference there was."""
+    missed = 0.0
+    for action, target, count in zip(actions, targets, counts):
+        missed = max(missed, float(np.abs(action[:count] - target[:count]).max(initial=0)))
+        action[:count] = target[:count]
+    return missed
+
+
 def continued(actions: np.ndarray, target: np.ndarray, mask: np.ndarray, grippers: Sequence[int] = ()) -> np.ndarray:
     """actions, target: float32[T, A]; mask: float[T] in 0..1 -> mask * target + (1 - mask) * actions; grippers, which
     have no values in between, come from the target where the mask is at least a half.

@@ -5,6 +5,9 @@ after a fixed layer. A token is sure when the two most probable tokens lie far a
 hidden state waits. The first token that is not sure goes through the deep layers together with all that wait, in one
 batch. Every deep key and value is then what the whole model computes; nothing is copied from layer to layer.
 
+Other than published: the exit is trained by cross-entropy of the tokens with weight 0.5, without the layer-wise
+distillation that pulls shallow layers to deep ones; and the mixture below is estimated within each chunk.
+
 The threshold may be given, or estimated from how confidence and agreement with the whole model go together: a mixture
 of two Beta distributions, here `BetaMixture`.
 """

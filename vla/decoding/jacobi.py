@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts
+from vla.checkpoints.bundle import Bundle
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
 from vla.decoding.costs import best_length, pass_costs
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix, best_tokens
@@ -38,6 +39,10 @@ class JacobiDecoder(TokenDecoder):
         if not 0 <= agreement <= 1:
             raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
         self.window, self.warm, self.agreement = window, warm, agreement
+
+    def check(self, bundle: Bundle) -> None:
+        super().check(bundle)
+        check_length(bundle, "decoder.window", self.window, "0 chooses it from the cost of passes.")
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.warm else [()] * given.batch

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators
-from vla.decoding.chunks import goals
+from vla.decoding.chunks import goals, keep_committed
 from vla.decoding.flow import FlowDecoder, euler
 from vla.errors import ConfigError, explain
 from vla.models.kv_cache import PrefixMemory
@@ -29,9 +28,9 @@ class RealTimeFlowDecoder:
     """steps: of Euler's method, at least 1 (the paper: 5). beta: largest weight of the guidance, 0 or more (the paper:
     5). head: name of the flow head, "" for the first. A step costs a pass and its backward pass.
 
-    The committed actions come back as they were committed, not only near: the flow was steered as if they stood there,
-    and a scheduler that stopped among them goes on with what it had promised. Without a previous chunk it is
-    FlowDecoder. Notes: "missed", largest distance, normalised, of the steered flow from the committed actions.
+    The committed actions come back as they were committed, not only near: the flow was steered as if they stood there.
+    Without a previous chunk it is FlowDecoder. Notes: "missed", largest distance, normalised, of the steered flow from
+    the committed actions.
     """
 
     exact = False
@@ -56,11 +55,7 @@ class RealTimeFlowDecoder:
             wanted, mask = torch.from_numpy(targets).to(device), torch.from_numpy(masks).float().to(device)
             noise = gaussian(given, generators(given))
             actions = euler(guided(velocity, wanted, mask, self.beta), noise, self.steps).cpu().numpy()
-        missed = 0.0
-        for action, target, count in zip(actions, targets, counts):
-            missed = max(missed, float(np.abs(action[:count] - target[:count]).max(initial=0)))
-            action[:count] = target[:count]
-        return Decoded(actions, self.steps, notes={"missed": missed})
+        return Decoded(actions, self.steps, notes={"missed": keep_committed(actions, targets, counts)})
 
 
 def guided(velocity: Velocity, target: Tensor, mask: Tensor, beta: float) -> Velocity:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, drafts
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
 from vla.decoding.costs import best_length
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
@@ -70,6 +70,7 @@ class SpeculativeDecoder(TokenDecoder):
 
     def check(self, bundle: Bundle) -> None:
         head = self.head_in(bundle)
+        check_length(bundle, "decoder.length", self.length, "0 chooses it from the cost of passes.")
         if self.draft == "shallow":
             exit_of(bundle.config.head(head), bundle.config.transformer.depth, self.layers, "decoder.layers")
         if self.draft == "head":

@@ -29,12 +29,7 @@ MAX_PERIODS = 2.0  # a longer gap between ticks: the arm has come to rest at the
 # Pauses, not faults: the arm brakes, and the next healthy action may go on at once. A camera is among them because one
 # lost picture is ordinary; without pictures no newer chunk comes anyway.
 _UNLATCHED = (Reason.WAITING, Reason.NO_ACTION, Reason.CAMERA)
-_LIMITS = {
-    "velocity": Reason.VELOCITY,
-    "acceleration": Reason.ACCELERATION,
-    "jerk": Reason.JERK,
-    "position": Reason.POSITION,
-}
+_LIMITS = {name: Reason[name.upper()] for name in ("velocity", "acceleration", "jerk", "position")}
 
 
 @dataclass(frozen=True)
@@ -194,6 +189,12 @@ class Gate:
     def silent(self, now_ns: int, heartbeat_ns: int | None) -> bool:
         """No sign of life of the policy for as long as the heartbeat timeout, or none at all."""
         return heartbeat_ns is None or now_ns - heartbeat_ns >= self._heartbeat_ns
+
+    def clock_set(self, by_ns: int) -> None:
+        """All times are further on by `by_ns` from here on: brake, as time has passed all the same."""
+        if self._now_ns is not None:
+            self._now_ns += by_ns
+            self._latch(Reason.CLOCK)
 
     # ---- one tick ----
     def step(

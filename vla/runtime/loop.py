@@ -120,6 +120,11 @@ class ControlLoop:
         """The policy gave a sign of life."""
         self._heartbeat_ns = now_ns
 
+    def clock_set(self, by_ns: int, now_ns: int) -> None:
+        """The clock was set by `by_ns` to `now_ns`: due times are void, and the arm brakes before it goes on."""
+        self.scheduler.clock_set(now_ns)
+        self.gate.clock_set(by_ns)
+
     def request_stop(self, active: bool = True) -> None:
         """Operator stop: brake and hold while active; moving again takes a newer chunk."""
         self._stop_request = active

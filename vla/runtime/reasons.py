@@ -67,7 +67,7 @@ _TEXT = {
     Reason.JOINT_STATE_STALE: "joint state is too old, or from the future",
     Reason.HEARTBEAT: "the policy's heartbeat is silent",
     Reason.TRACKING: "the arm is far from where it was commanded",
-    Reason.CLOCK: "the clock jumped back",
+    Reason.CLOCK: "the clock was set, or jumped back",
     Reason.KINEMATICS: "inverse kinematics or tool position failed",
     Reason.OPERATOR: "stopped by the operator",
     Reason.CHUNK_TOO_FAST: "the chunk is too fast, even slowed down as far as allowed",

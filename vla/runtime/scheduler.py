@@ -213,6 +213,12 @@ class _ChunkScheduler:
         """The policy was away: the next chunk may come from another process, with numbers of its own."""
         self._number = self._stranger = None
 
+    def clock_set(self, now_ns: int) -> None:
+        """Time did not run on to `now_ns`: all due times are void, so everything but the counters is dropped."""
+        self._now_ns = now_ns
+        self.clock_jumps += 1
+        self._active = self._next = self._request = self._newest_start_ns = self._slot_ns = None
+
     # ---- executing ----
     def due(self, now_ns: int) -> DueAction | None:
         """The action of this slot; None when there is none (`waiting` then tells early from missing)."""
@@ -356,12 +362,11 @@ class _ChunkScheduler:
         return room if self.execute is None else min(math.ceil(self.execute * active.scale), room)
 
     def _notice(self, now_ns: int) -> bool:
-        """True when time ran backwards: all due times are void, so everything but the counters is dropped."""
+        """True when time ran backwards."""
         back = now_ns < self._now_ns
-        self._now_ns = now_ns
         if back:
-            self.clock_jumps += 1
-            self._active = self._next = self._request = self._newest_start_ns = self._slot_ns = None
+            self.clock_set(now_ns)
+        self._now_ns = now_ns
         return back
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Trace:
     chunk, index (-1 where no action was due), stamp_ns (observation the action came from, -1 if not known), late_ns,
     cost_us (time the tick took).
     Inference columns (up to `inferences`): infer_stamp_ns (observation), infer_start_ns, infer_end_ns (asked and
-    answered, on the loop's clock), infer_ms (what the policy took), infer_passes, infer_repaired, infer_accepted.
+    answered, on the loop's clock), infer_ms (what the policy took), infer_passes, infer_repaired, infer_accepted,
+    infer_notes (a list: what the decoder told, by name; see DecodeReport).
     """
 
     def __init__(self, embodiment: Embodiment, capacity: int = 1 << 16, inference_capacity: int | None = None) -> None:
@@ -102,6 +103,7 @@ class Trace:
         self.infer_passes = _zeros(slots, np.int32)
         self.infer_repaired = _zeros(slots, np.int32)
         self.infer_accepted = _zeros(slots, np.bool_)
+        self.infer_notes: list[Mapping[str, float]] = [{}] * slots
         self.episodes: list[EpisodeRow] = []
         self.images: list[ImageRow] = []
         self._shift_ns = self._last_ns = 0
@@ -169,6 +171,7 @@ class Trace:
         self.infer_stamp_ns[row] = self._shifted(stamp_ns)
         if report is not None:
             self.infer_passes[row], self.infer_repaired[row] = report.passes, report.repaired
+        self.infer_notes[row] = {} if report is None else report.notes
         self.infer_accepted[row] = accepted
         self.inferences = row + 1
 
@@ -267,6 +270,7 @@ class Trace:
             "passes": int(self.infer_passes[row]),
             "repaired": int(self.infer_repaired[row]),
             "accepted": bool(self.infer_accepted[row]),
+            "notes": {name: _number(value) for name, value in self.infer_notes[row].items()},
         }
 
     @classmethod
@@ -326,6 +330,8 @@ class Trace:
             self.infer_stamp_ns[i] = body.get("stamp_ns", -1)
             self.infer_ms[i], self.infer_passes[i] = body["wall_ms"], body["passes"]
             self.infer_repaired[i], self.infer_accepted[i] = body["repaired"], body["accepted"]
+            said = body.get("notes", {})  # traces of the first release have none
+            self.infer_notes[i] = {name: np.nan if value is None else value for name, value in said.items()}
             self.inferences = i + 1
         elif topic == "/vla/episode":
             body.pop("timestamp")
@@ -339,9 +345,13 @@ def _time(stamp_ns: int) -> dict[str, int]:
     return {"sec": stamp_ns // NS_PER_S, "nsec": stamp_ns % NS_PER_S}
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _number(value: float) -> float | None:
     """JSON has no NaN: null stands for it."""
-    return [float(v) if np.isfinite(v) else None for v in values]
+    return float(value) if np.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(value) for value in values]
 
 
 def _values(body: dict[str, Any]) -> np.ndarray:
@@ -377,6 +387,7 @@ def _schema(topic: str) -> tuple[str, dict[str, Any]]:
             {
                 "stamp_ns": integer, "start_ns": integer, "end_ns": integer, "wall_ms": number, "passes": integer,
                 "repaired": integer, "accepted": {"type": "boolean"},
+                "notes": {"type": "object", "additionalProperties": {"type": ["number", "null"]}},
             },
         ),
         "/vla/episode": (

@@ -28,23 +28,28 @@ from vla.training.dataset import IGNORE
 Read = Callable[[list[list[Tensor]]], dict[str, Tensor]]
 
 
-def draw(seed: list[int], batch: int, horizon: int, action_dim: int) -> dict[str, np.ndarray]:
+def draw(seed: list[int], batch: int, horizon: int, action_dim: int, repeats: int = 1) -> dict[str, np.ndarray]:
     """The random numbers of one step: noise float32[B, T, A], flow time float32[B], and how far into the diffusion's
-    schedule, float32[B] in [0, 1).
+    schedule, float32[B] in [0, 1). With repeats also noises float32[R - 1, B, T, A] and progresses float32[R - 1, B].
 
     Flow times are pi0's (Black et al. 2024, appendix B): Beta(1.5, 1), towards noise, which is time 1 here.
     """
     rng = np.random.default_rng(seed)
-    return {
+    out = {
         "noise": rng.standard_normal((batch, horizon, action_dim), np.float32),
         "time": (rng.beta(1.5, 1.0, batch) * 0.999 + 0.001).astype(np.float32),
         "progress": rng.random(batch, np.float32),
     }
+    if repeats > 1:  # drawn last: the others are the same with and without
+        out["noises"] = rng.standard_normal((repeats - 1, batch, horizon, action_dim), np.float32)
+        out["progresses"] = rng.random((repeats - 1, batch), np.float32)
+    return out
 
 
-def branches(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[list[Segment], Read]:
+def branches(model: Vla, head: HeadConfig, given: dict[str, Any], repeats: int = 1) -> tuple[list[Segment], Read]:
     """given: tokens {head: int64[B, K]}, chunk [B, T, A], what `draw` made, and for heads that are distilled iterate
-    and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors."""
+    and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors. repeats: noises and times
+    per sample (hybrid), at most as many as were drawn."""
     module: Any = model.heads[head.name]
     if head.kind == "tokens":
         tokens = given["tokens"][head.name]
@@ -63,20 +68,32 @@ def branches(model: Vla, head: HeadConfig, given: dict[str, Any]) -> tuple[list[
         segment = model.suffix_segment(head.name, queries, rule=MaskRule.BLOCK)
         return [segment], lambda hidden: {"loss": objectives.l1(module.read(hidden[0][-1]).flatten(1), chunk)}
     tokens = given["tokens"][head.name]
-    step = (given["progress"] * head.noise_steps).long()
-    lead = module.embed(objectives.noised(chunk, noise, step, head.noise_steps), step)
+    noises = [noise, *given.get("noises", ())[: repeats - 1]]
+    steps = [(p * head.noise_steps).long() for p in (given["progress"], *given.get("progresses", ())[: repeats - 1])]
+    leads = [
+        module.embed(objectives.noised(chunk, drawn, step, head.noise_steps), step)
+        for drawn, step in zip(noises, steps)
+    ]
+    lead = leads[0]
     words = module.tokens.embed(module.tokens.shift(tokens))
     valid = torch.cat((torch.ones_like(lead[..., 0], dtype=torch.bool), tokens != IGNORE), dim=1)
     segment = model.suffix_segment(head.name, torch.cat((lead, words.to(lead.dtype)), dim=1), valid)
+    others = [
+        replace(model.suffix_segment(head.name, again), branch=f"{head.name}/{place}")
+        for place, again in enumerate(leads[1:])
+    ]
     count = lead.shape[1]
 
     def read(hidden: list[list[Tensor]]) -> dict[str, Tensor]:
-        states = hidden[0][-1]
-        denoised = objectives.mean_square(module.noise(states[:, 2 : count - 1]), noise)
-        spoken = _token_losses(module.tokens, [states[:, count:]], tokens)
+        errors = [
+            objectives.mean_square(module.noise(states[-1][:, 2 : count - 1]), drawn)
+            for states, drawn in zip(hidden, noises)
+        ]
+        denoised = torch.stack(errors).mean()
+        spoken = _token_losses(module.tokens, [hidden[0][-1][:, count:]], tokens)
         return {**spoken, "noise": denoised, "loss": spoken["loss"] + denoised}
 
-    return [segment], read
+    return [segment, *others], read
 
 
 def _distilled(model: Vla, head: HeadConfig, segment: Segment, given: dict[str, Any]) -> tuple[list[Segment], Read]:

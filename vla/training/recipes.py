@@ -75,6 +75,8 @@ class HeadRecipe:
 
     width, mlp_width: of the expert that runs it, 0 for the backbone itself. condition_width: of the vector that
     modulates that expert's norms (flow). weight: of its loss. distill: None for training from demonstrations alone.
+    noise_repeats: noises and times per sample and step, at least 1 (hybrid; HybridVLA's `repeated_diffusion_steps`, 4
+    in its release, which repeats the tokens too); the further ones are branches of T + 3 tokens each.
     """
 
     kind: str
@@ -87,6 +89,7 @@ class HeadRecipe:
     noise_steps: int = 100
     weight: float = 1.0
     distill: DistillRecipe | None = None
+    noise_repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class TrainConfig:
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
     for runs of more than half an hour). image_shift: random shift of training images in pixels.
     init: a bundle, folder or shipped name, whose backbone, text tokenizer and normalisation this run starts from, and
-    those of its heads that are asked for here as they are there; "" for none. freeze: leave the backbone as it comes
+    those of its heads that are asked for here as they are there; "" for none. A head's tokenizer is then that of init,
+    its FAST as it was fitted; one of another kind is refused. freeze: leave the backbone as it comes
     from init and train heads only; those of init that are not asked for stay in the bundle as they are.
     stop_step: end the run there, on the schedule of `steps`; 0 for never.
     look_steps: of a model with points, the first steps, which train only those, on the first frames of episodes: four
@@ -148,6 +152,10 @@ class TrainConfig:
         if not self.heads:
             raise ConfigError(explain("train.heads", "at least one", "none", "Choose some, as in head=[fast]."))
         for name, head in self.heads.items():
+            if head.noise_repeats < 1 or (head.noise_repeats > 1 and head.kind != "hybrid"):
+                wanted = "at least 1" if head.kind == "hybrid" else f"1 for a head of kind {head.kind!r}"
+                remedy = "Only a hybrid head's noise is repeated."
+                raise ConfigError(explain(f"train.heads.{name}.noise_repeats", wanted, head.noise_repeats, remedy))
             if head.distill is not None and (head.kind != "tokens" or not self.init or not self.freeze):
                 raise ConfigError(
                     explain(f"train.heads.{name}.distill", "a token head, init=BUNDLE and freeze=true",

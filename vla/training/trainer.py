@@ -71,9 +71,7 @@ class Trainer:
         known = {} if start is None else start.action_tokenizers
         teachers = {name: head.distill.teacher or name for name, head in config.heads.items() if head.distill}
         self.tokenizers: dict[str, ActionTokenizer] = {
-            name: known[teachers.get(name, name)]
-            if teachers.get(name, name) in known
-            else self._make_tokenizer(name, head.tokenizer)
+            name: self._tokenizer(name, head.tokenizer, known.get(teachers.get(name, name)))
             for name, head in config.heads.items()
             if head.tokenizer is not None
         }
@@ -122,6 +120,20 @@ class Trainer:
             start.embodiment, f"data {self.config.data} and init {self.config.init}", "Start without init."
         )
         return start
+
+    def _tokenizer(self, head: str, recipe: TokenizerRecipe, known: ActionTokenizer | None) -> ActionTokenizer:
+        """`known`, that of the head in init, where there is one: what the recipe asks for may not be another kind."""
+        if known is None:
+            return self._make_tokenizer(head, recipe)
+        if recipe.kind in ("bins", "fast"):  # a FAST that is fitted anew would never be the same
+            same = isinstance(known, BinTokenizer if recipe.kind == "bins" else FastTokenizer)
+        else:
+            same = self._make_tokenizer(head, recipe).fingerprint() == known.fingerprint()
+        if not same:
+            asked = " ".join(filter(None, (recipe.kind, recipe.path)))
+            remedy = "Choose the same kind, another name for the head, or start without init."
+            raise ConfigError(explain(f"heads.{head}.tokenizer", f"init's {type(known).__name__}", asked, remedy))
+        return known
 
     def _make_tokenizer(self, head: str, recipe: TokenizerRecipe) -> ActionTokenizer:
         if recipe.kind == "bins":
@@ -250,7 +262,8 @@ class Trainer:
         device. model: whose iterates are wanted where heads are distilled, None for the one that is trained."""
         batch = self.data.batch(frames)
         seed = [self.config.seed, step, 2] if step is not None else [1234, validation]
-        plain = {**vars(batch), **draw(seed, *batch.chunk.shape), **self._distillation(batch, frames)}
+        repeats = max(head.noise_repeats for head in self.config.heads.values())
+        plain = {**vars(batch), **draw(seed, *batch.chunk.shape, repeats), **self._distillation(batch, frames)}
         given = {
             name: {key: torch.from_numpy(item).to(self.device) for key, item in value.items()}
             if isinstance(value, dict)
@@ -311,7 +324,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
-            made = [branches(model, head, given) for head in heads]
+            made = [branches(model, head, given, self.config.heads[head.name].noise_repeats) for head in heads]
             segments = [segment for own, _ in made for segment in own]
             flows = [head.name for head in heads if head.kind == "flow"]
             condition = model.heads[flows[0]].condition(given["time"]) if flows else None
