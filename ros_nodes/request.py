@@ -133,7 +133,7 @@ class ChunkId:
             notes = tuple((name, float(value)) for name, _, value in pairs)
         except ValueError:
             numbers = []
-        if version != "v1" or len(numbers) != 6 or len(rest) > 8:
+        if version != "v1" or len(numbers) != 6 or len(rest) > 8 or not rest[-1]:
             raise TransportError(
                 explain("chunk frame_id", "v1/ and six whole numbers", repr(text[:60]), "Run nodes of one release.")
             )
