@@ -124,11 +124,12 @@ def test_a_bundle_gives_the_same_chunk_in_process_over_the_socket_and_over_ros_2
             images = {name: image.repeat(times, 0).repeat(times, 1) for name, image in raw.items()}
             seen = replace(first, images=images, stamp_ns=time.time_ns())
             context = InferContext(start_ns=seen.stamp_ns, seed=40 + number)
-            running.say(JOINT_STATES, m.JointState(seen.stamp_ns, names, positions, velocities))
             running.say(REQUEST, Request(0, 7, number, seen.stamp_ns, context.seed).text())
 
             def answered(number: int = number, seen: Observation = seen) -> list[m.Trajectory]:
-                for camera in robot.cameras:  # best effort: again and again
+                # Best effort: again and again.
+                running.say(JOINT_STATES, m.JointState(seen.stamp_ns, names, positions, velocities))
+                for camera in robot.cameras:
                     image = m.Image(seen.stamp_ns, camera.name, "rgb8", seen.images[camera.name])
                     running.say(pictures_of(camera.topic, False), image)
                 return [c for c in running.heard[CHUNK.topic] if ChunkId.read(c.frame_id).request == number]  # type: ignore
