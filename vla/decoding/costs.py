@@ -1,8 +1,8 @@
 """What a pass over so many tokens takes on this device, and the block length that follows from it.
 
-On a GPU a pass over 64 tokens takes about what one token takes. On a CPU, in numpy, 8 tokens take twice as long as
-one on a small expert and 1.4 to 1.8 times as long on one of 8 M parameters. A long block settles more tokens per pass and pays for
-those that it does not settle, so its best length is a measurement.
+On a GPU a pass over 64 tokens takes about what one token takes. On a CPU, in numpy, 8 tokens take twice as long as one
+on a small expert and 1.4 to 1.8 times as long on one of 8 M parameters. A long block settles more tokens per pass and
+pays for those that it does not settle, so its best length is a measurement.
 """
 
 from __future__ import annotations
