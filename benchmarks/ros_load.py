@@ -1,12 +1,16 @@
 """The nodes under load: share of command periods that hold, what is lost, how memory grows.
 
-    python benchmarks/ros_load.py --seconds 600 [--json load.json]
+    python benchmarks/ros_load.py --seconds 600 [--realtime] [--json load.json]
 
-Two 640x480 rgb8 cameras at 30 Hz and joint states at 500 Hz, sent by a process of their own that is also the arm; the
-policy node and the command node as they are, in theirs, over DDS on loopback; commands at 100 Hz. A period is the time
-between two commands where the arm gets them. Memory is resident memory, its growth that from the end of the warm-up (a
-fifth of the run, at most two minutes) to the end. Lost is what was sent, by the sender's count, and not received. The
-machine's steal time tells how much of it another machine took meanwhile.
+Two 640x480 rgb8 cameras at 30 Hz from one process, joint states at 500 Hz from another, which is the arm; the policy
+node and the command node as they are, in theirs, over DDS on loopback; commands at 100 Hz. A period is the time between
+two commands where the arm gets them. Memory is resident memory, its growth that from the end of the warm-up (a fifth of
+the run, at most two minutes) to the end. Lost is what was sent, by the sender's count, and not received.
+
+What the machine itself does to a period is measured beside it: its steal time, which another machine took, and its
+pauses, in which a process of high real-time priority, one on each core, did not wake from a sleep of 2 ms for PAUSE_MS.
+Periods that no pause touches are counted once more by themselves. --realtime gives the command node and the arm the
+real-time priority that drivers of ros2_control have, where the user may.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ros_nodes.graph import free_domain
 from ros_nodes.messages import Image, JointState, Text, Values, decode, encode
 from ros_nodes.node import CONTROL, INSTRUCTION, JOINT_STATES, SENSOR, STATE, Endpoint
-from ros_nodes.shell import CLOCK_OFFSET_VARIABLE, GraphClock
+from ros_nodes.shell import CLOCK_OFFSET_VARIABLE, GraphClock, settle
 from ros_nodes.wire import Participant
 from vla.embodiment import Embodiment
 from vla.resources import config_dir, load_embodiment
@@ -41,12 +46,21 @@ ROOT = Path(__file__).resolve().parents[1]
 CAMERA_HZ, JOINT_HZ, COMMAND_HZ = 30, 500, 100
 GOALS = {"periods_held": 0.9999, "growth_percent": 1.0, "lost": 0}
 START_S, DRAIN_S, SAMPLE_S = 120.0, 1.0, 1.0
+PAUSE_MS, WITNESS_PRIORITY = 5.0, 90
+PRIORITY = {"arm": 40, "command": 30}  # a driver before what commands it
 
 
 # ---- accounting ----
-def periods(received_ns: Sequence[int], bound_ms: float) -> dict[str, float]:
-    """Of the times, steady nanoseconds, at which commands came. held: share of periods under `bound_ms`."""
-    gaps = np.diff(np.asarray(received_ns, np.int64)) / 1e6
+def periods(received_ns: Sequence[int], bound_ms: float, pauses: Sequence[Sequence[int]] = ()) -> dict[str, float]:
+    """Of the times, steady nanoseconds, at which commands came. held: share of periods under `bound_ms`.
+
+    pauses: (begin, end) in steady nanoseconds; periods in which one lies, or begins or ends, are left out.
+    """
+    times = np.asarray(received_ns, np.int64)
+    untouched = np.ones(max(0, len(times) - 1), bool)
+    for begin, end in pauses:
+        untouched &= (times[1:] < begin) | (times[:-1] > end)
+    gaps = np.diff(times)[untouched] / 1e6
     if not len(gaps):
         return {"count": 0, "held": 0.0, "p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0}
     p50, p99 = np.percentile(gaps, [50, 99])
@@ -80,10 +94,53 @@ def cpu_times() -> tuple[int, int]:
     return values[7], sum(values)
 
 
-# ---- the robot's process ----
-def run_robot(robot: Embodiment, domain: int, seconds: float) -> None:
-    """Publishes the sensors and takes the commands; prints its counts as JSON."""
-    clock, received_ns = GraphClock(), list[int]()
+# ---- the robot's processes ----
+def ticks(seconds: float, hz: float) -> Iterator[tuple[int, float]]:
+    """(number, seconds that it is late), each when it is due."""
+    begin = time.monotonic()
+    for number in range(round(seconds * hz)):
+        wait = begin + number / hz - time.monotonic()
+        time.sleep(max(0.0, wait))
+        yield number, max(0.0, -wait)
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    """Whoever comes late would count as having lost what was sent before."""
+    deadline = time.monotonic() + START_S
+    while not ready():
+        if time.monotonic() > deadline:
+            raise SystemExit("the nodes did not come up")
+        time.sleep(0.05)
+
+
+def told(word: str) -> None:
+    """Says that this process is ready, and waits for `word`."""
+    settle()
+    print("ready", flush=True)
+    if sys.stdin.readline().strip() != word:
+        raise SystemExit(1)
+
+
+def run_cameras(robot: Embodiment, domain: int, seconds: float) -> dict[str, Any]:
+    clock, late_s = GraphClock(), 0.0
+    with Participant("cameras", domain=domain) as participant:
+        ends = [Endpoint(camera.topic, Image.type_name, SENSOR) for camera in robot.cameras]
+        cameras = [participant.publisher(e.topic, e.type_name, e.quality) for e in ends]
+        participant.start()
+        wait_for(lambda: all(camera.readers for camera in cameras))
+        told("begin")
+        pictures = [np.zeros((camera.height, camera.width, 3), np.uint8) for camera in robot.cameras]
+        for number, late in ticks(seconds, CAMERA_HZ):
+            late_s = max(late_s, late)
+            for publisher, camera, pixels in zip(cameras, robot.cameras, pictures):
+                pixels[::8] = number % 256
+                publisher.publish(encode(Image(clock.now().stamp_ns, camera.name, "rgb8", pixels)))
+        time.sleep(DRAIN_S)
+        return {"sent": {camera.topic: camera.sent for camera in cameras}, "late_ms": 1e3 * late_s}
+
+
+def run_arm(robot: Embodiment, domain: int, seconds: float) -> dict[str, Any]:
+    clock, received_ns, late_s = GraphClock(), list[int](), 0.0
     positions = np.array(robot.home)
 
     def take(data: bytes, at_ns: int) -> None:
@@ -93,40 +150,43 @@ def run_robot(robot: Embodiment, domain: int, seconds: float) -> None:
         positions = message.data
         received_ns.append(at_ns)
 
-    with Participant("robot", domain=domain) as participant:
+    with Participant("arm", domain=domain) as participant:
         commands = participant.subscribe(robot.command_topic, Values.type_name, STATE, take)
-        ends = [Endpoint(camera.topic, Image.type_name, SENSOR) for camera in robot.cameras]
-        cameras = [participant.publisher(e.topic, e.type_name, e.quality) for e in ends]
         joints = participant.publisher(JOINT_STATES.topic, JOINT_STATES.type_name, STATE)
         words = participant.publisher(INSTRUCTION.topic, INSTRUCTION.type_name, INSTRUCTION.quality)
         control = participant.publisher(CONTROL.topic, CONTROL.type_name, CONTROL.quality)
         participant.start()
-        deadline = time.monotonic() + START_S
-        # Whoever comes late would count as having lost what was sent before.
-        while not (all(c.readers for c in cameras) and joints.readers >= 2 and control.readers and commands.writers):
-            if time.monotonic() > deadline:
-                raise SystemExit("the nodes did not come up")
-            time.sleep(0.05)
+        wait_for(lambda: bool(joints.readers >= 2 and control.readers and words.readers and commands.writers))
+        told("begin")
         words.publish(encode(Text("hold")))
-        print("begin", flush=True)
-        pictures = [np.zeros((camera.height, camera.width, 3), np.uint8) for camera in robot.cameras]
-        begin, late_s = time.monotonic(), 0.0
-        for number in range(round(seconds * JOINT_HZ)):
-            wait = begin + number / JOINT_HZ - time.monotonic()
-            late_s = max(late_s, -wait)
-            time.sleep(max(0.0, wait))
-            stamp_ns = clock.now().stamp_ns
-            joints.publish(encode(JointState(stamp_ns, robot.command_names, positions, np.zeros(len(positions)))))
-            if number * CAMERA_HZ // JOINT_HZ != (number - 1) * CAMERA_HZ // JOINT_HZ:
-                for publisher, camera, pixels in zip(cameras, robot.cameras, pictures):
-                    pixels[::8] = number % 256
-                    publisher.publish(encode(Image(stamp_ns, camera.name, "rgb8", pixels)))
+        for number, late in ticks(seconds, JOINT_HZ):
+            late_s = max(late_s, late)
+            state = JointState(clock.now().stamp_ns, robot.command_names, positions, np.zeros(len(positions)))
+            joints.publish(encode(state))
             if number == JOINT_HZ // 2:
                 control.publish(encode(Text.of(op="go", episode=0, seed=0)))
         control.publish(encode(Text.of(op="done")))
         time.sleep(DRAIN_S)
-        sent = {p.topic: p.sent for p in participant.publishers if p in (*cameras, joints)}
-        print(json.dumps({"sent": sent, "received_ns": received_ns, "late_ms": 1e3 * late_s}), flush=True)
+        return {"sent": {joints.topic: joints.sent}, "late_ms": 1e3 * late_s, "received_ns": received_ns}
+
+
+def run_witness(core: int, seconds: float) -> dict[str, Any]:
+    """pauses: of this core, (begin, end) in steady nanoseconds; None where the user may not have real-time priority."""
+    try:
+        os.sched_setaffinity(0, {core})
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(WITNESS_PRIORITY))
+    except OSError:
+        return {"pauses": None}
+    told("begin")
+    pauses, last_ns = [], time.monotonic_ns()
+    end_ns = last_ns + round((seconds + DRAIN_S) * 1e9)
+    while last_ns < end_ns:
+        time.sleep(0.002)
+        now_ns = time.monotonic_ns()
+        if now_ns - last_ns > PAUSE_MS * 1e6:
+            pauses.append((last_ns, now_ns))
+        last_ns = now_ns
+    return {"pauses": pauses}
 
 
 # ---- the whole ----
@@ -142,36 +202,57 @@ def robot_and_policy(policy: str, robot: str, folder: Path) -> tuple[str, str, l
     return str(folder / "robot.yaml"), str(folder / "hold.npy"), ["--execute", "32", "--lead", "8"]
 
 
-def measure(policy: str, robot_name: str, seconds: float, folder: Path) -> dict[str, Any]:
+def start(words: Sequence[str], environment: Mapping[str, str], priority: int = 0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, *words], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    if priority:  # threads of the process inherit it, as none is running yet
+        os.sched_setscheduler(process.pid, os.SCHED_RR, os.sched_param(priority))
+    return process
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(process.communicate()[0].splitlines()[-1])
+    return found
+
+
+def measure(policy: str, robot_name: str, seconds: float, folder: Path, realtime: bool) -> dict[str, Any]:
     """See the keys, and GOALS."""
     name, policy, schedule = robot_and_policy(policy, robot_name, folder)
     robot, domain = load_embodiment(name), str(free_domain())
     offset = str(time.time_ns() - time.monotonic_ns())
     environment = {**os.environ, CLOCK_OFFSET_VARIABLE: offset, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    nodes = {
-        "policy": ["ros_nodes.policy_node", "--policy", policy, "--embodiment", name],
-        "command": ["ros_nodes.command_node", "--embodiment", name, *schedule],
+    own = [str(Path(__file__).resolve()), "--robot", name, "--seconds", str(seconds), "--domain", domain, "--role"]
+    cores = sorted(os.sched_getaffinity(0))
+    words = {
+        "policy": ["-m", "ros_nodes.policy_node", "--policy", policy, "--embodiment", name],
+        "command": ["-m", "ros_nodes.command_node", "--embodiment", name, *schedule],
     }
-    own = [sys.executable, str(Path(__file__).resolve()), "--role", "robot", "--robot", name, "--seconds", str(seconds)]
+    nodes = {node: [*w, "--domain", domain, "--stats", str(folder / f"{node}.json")] for node, w in words.items()}
+    robots = {"cameras": [*own, "cameras"], "arm": [*own, "arm"]}
+    witnesses = {f"witness {core}": [*own, "witness", "--core", str(core)] for core in cores}
     processes: dict[str, subprocess.Popen[str]] = {}
     samples: dict[str, list[tuple[float, float]]] = {node: [] for node in nodes}
     try:
-        for node, words in nodes.items():
-            command = [sys.executable, "-m", *words, "--domain", domain, "--stats", str(folder / f"{node}.json")]
-            processes[node] = subprocess.Popen(command, env=environment, text=True)
-        arm = subprocess.Popen([*own, "--domain", domain], env=environment, stdout=subprocess.PIPE, text=True)
-        processes["robot"] = arm
-        assert arm.stdout is not None
-        if arm.stdout.readline().strip() != "begin":
-            raise SystemExit("the nodes did not come up")
+        for role, command in (nodes | robots | witnesses).items():
+            processes[role] = start(command, environment, PRIORITY.get(role, 0) if realtime else 0)
+        for role in robots | witnesses:
+            line = (processes[role].stdout or sys.stdin).readline().strip()
+            if role in robots and line != "ready":
+                raise SystemExit(f"{role}: did not come up")
+            if role in witnesses and line != "ready":
+                witnesses.pop(role)
+        for role in (*robots, *witnesses):
+            print("begin", file=processes[role].stdin, flush=True)
         began, before = time.monotonic(), cpu_times()
-        while arm.poll() is None and time.monotonic() < began + seconds:
+        while processes["arm"].poll() is None and time.monotonic() < began + seconds:
             for node in nodes:
                 samples[node].append((time.monotonic() - began, psutil.Process(processes[node].pid).memory_info().rss))
             time.sleep(SAMPLE_S)
         steal, total = (after - first for after, first in zip(cpu_times(), before))
         load = os.getloadavg()
-        facts = json.loads(arm.communicate()[0])
+        cameras, arm = (answer(processes[role]) for role in robots)
+        pauses = [pause for role in witnesses for pause in answer(processes[role])["pauses"]]
         for node in nodes:
             processes[node].send_signal(signal.SIGINT)
             processes[node].wait(60)
@@ -183,18 +264,27 @@ def measure(policy: str, robot_name: str, seconds: float, folder: Path) -> dict[
         node: {topic: count - s["overrun"].get(topic, 0) for topic, count in s["received"].items()}
         for node, s in stats.items()
     }
-    lost = losses(facts["sent"], received)
-    sent = stats["command"]["sent"][robot.command_topic]
-    lost |= losses({robot.command_topic: sent}, {"robot": {robot.command_topic: len(facts["received_ns"])}})
-    warm_s = min(120.0, seconds / 5)
+    sensors = cameras["sent"] | arm["sent"]
+    sent, arrived = stats["command"]["sent"][robot.command_topic], arm["received_ns"]
+    lost = losses(sensors, received) | losses({robot.command_topic: sent}, {"arm": {robot.command_topic: len(arrived)}})
+    warm_s, bound_ms = min(120.0, seconds / 5), 2e3 / robot.rate_hz
+    longest = [1e-6 * (end - begin) for begin, end in pauses]
     return {
         "seconds": seconds,
+        "realtime": realtime,
         "cameras": [f"{camera.width}x{camera.height}" for camera in robot.cameras],
-        "bound_ms": 2e3 / robot.rate_hz,
-        "periods": periods(facts["received_ns"], 2e3 / robot.rate_hz),
+        "bound_ms": bound_ms,
+        "periods": periods(arrived, bound_ms),
+        "pauses": {"count": len(pauses), "max_ms": max(longest, default=0.0)} if witnesses else None,
+        "untouched_periods": periods(arrived, bound_ms, pauses) if witnesses else None,
+        "long_periods": [
+            {"at_s": 1e-9 * (end - arrived[0]), "ms": 1e-6 * (end - begin)}
+            for begin, end in pairwise(arrived)
+            if end - begin > 1e6 * bound_ms
+        ],
         "commands": sent,
-        "sensors": facts["sent"],
-        "sender_late_ms": facts["late_ms"],
+        "sensors": sensors,
+        "sender_late_ms": {"cameras": cameras["late_ms"], "arm": arm["late_ms"]},
         "lost": lost,
         "memory": {node: growth(values, warm_s) for node, values in samples.items()},
         "steal_percent": 100.0 * steal / max(1, total),
@@ -205,23 +295,39 @@ def measure(policy: str, robot_name: str, seconds: float, folder: Path) -> dict[
 
 
 def report(result: Mapping[str, Any]) -> str:
-    p, lost = result["periods"], result["lost"]
-    times = f"{p['p50_ms']:.2f} / {p['p99_ms']:.2f} / {p['max_ms']:.2f}"
-    held = f"command periods under {result['bound_ms']:g} ms"
+    lost = result["lost"]
     lines = [
-        f"{result['seconds']:g} s, cameras {' '.join(result['cameras'])}, {result['commands']} commands",
-        f"{'measure':<60} {'goal':>8} {'measured':>12}",
-        f"{held:<60} {GOALS['periods_held']:>8.2%} {p['held']:>12.4%}",
-        f"{'command period p50 / p99 / max, ms':<60} {'':>8} {times:>12}",
+        f"{result['seconds']:g} s, cameras {' '.join(result['cameras'])}, {result['commands']} commands"
+        + (", command node and arm at real-time priority" if result["realtime"] else ""),
+        f"{'measure':<66} {'goal':>8} {'measured':>21}",
     ]
+
+    def row(label: str, measured: str, goal: str = "") -> None:
+        lines.append(f"{label:<66} {goal:>8} {measured:>21}")
+
+    held = f"{GOALS['periods_held']:.2%}"
+    for key, which in (
+        ("periods", "command periods"),
+        ("untouched_periods", "those that no pause of the machine touches"),
+    ):
+        if p := result[key]:
+            row(f"{which}: {p['count']}, under {result['bound_ms']:g} ms", f"{p['held']:.4%}", held)
+            row(f"{which}, p50 / p99 / max, ms", f"{p['p50_ms']:.2f} / {p['p99_ms']:.2f} / {p['max_ms']:.2f}")
+    if pauses := result["pauses"]:
+        row(
+            f"pauses of the machine of {PAUSE_MS:g} ms or more; the longest, ms",
+            f"{pauses['count']}; {pauses['max_ms']:.0f}",
+        )
     for node, memory in result["memory"].items():
         label = f"memory of {node}, {memory['warm_mb']:.1f} to {memory['end_mb']:.1f} MB, growth"
-        lines.append(f"{label:<60} {'< 1 %':>8} {memory['growth_percent']:>10.2f} %")
-    for route, count in sorted(lost.items(), key=lambda item: "robot" not in item[0]):
-        goal = "0" if route.endswith("robot") else ""
-        lines.append(f"{'lost, ' + route:<60} {goal:>8} {count:>12}")
-    lines.append(f"steal {result['steal_percent']:.2f} %, load {' '.join(f'{x:.2f}' for x in result['load'])}, ")
-    lines[-1] += f"sensors sent late by at most {result['sender_late_ms']:.0f} ms"
+        row(label, f"{memory['growth_percent']:.2f} %", f"< {GOALS['growth_percent']:g} %")
+    for route, count in sorted(lost.items(), key=lambda item: "arm" not in item[0].split()):
+        row("lost, " + route, str(count), "0" if route.endswith(" arm") else "")
+    late = ", ".join(f"{role} by {ms:.0f} ms" for role, ms in result["sender_late_ms"].items())
+    cpu = ", ".join(f"{node} {100 * s / result['seconds']:.0f} %" for node, s in result["cpu_s"].items())
+    load = " ".join(f"{x:.2f}" for x in result["load"])
+    lines.append(f"steal {result['steal_percent']:.2f} %, load {load}, sensors late at most: {late}")
+    lines.append(f"of one core: {cpu}")
     return "\n".join(lines)
 
 
@@ -230,15 +336,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of traffic (default: 600)")
     parser.add_argument("--policy", default="hold", help="hold (default), or a bundle, with its own rate and cameras")
     parser.add_argument("--robot", default="tabletop", help="what the bundle was made for (default: tabletop)")
+    parser.add_argument("--realtime", action="store_true", help="real-time priority for the command node and the arm")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
-    parser.add_argument("--role", choices=("robot",), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=("cameras", "arm", "witness"), help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--domain", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.role == "witness":
+        print(json.dumps(run_witness(options.core, options.seconds)), flush=True)
+        return
     if options.role:
-        run_robot(load_embodiment(options.robot), options.domain, options.seconds)
+        run = run_cameras if options.role == "cameras" else run_arm
+        print(json.dumps(run(load_embodiment(options.robot), options.domain, options.seconds)), flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options.policy, options.robot, options.seconds, Path(folder))
+        result = measure(options.policy, options.robot, options.seconds, Path(folder), options.realtime)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(report(result))

@@ -48,7 +48,6 @@ from ros_nodes.node import (
     EMERGENCY_STOP,
     HEARTBEAT,
     IDLE_BEATS,
-    JOINT_STATES,
     REQUEST,
     SIM_STATUS,
     Effect,
@@ -105,7 +104,9 @@ class CommandCore:
         self._period_ns = round(NS_PER_S / self._robot.rate_hz)
         self._wait_ns = round(slot_wait_s * NS_PER_S)
         self._outputs = Outputs(self._robot, horizon_s)
-        self.subscriptions = (JOINT_STATES, CHUNK, HEARTBEAT, SIM_STATUS, CONTROL, EMERGENCY_STOP, DEADMAN)
+        self._watch = Watch(self._robot, deadman, estop_required, camera_timeout_s)
+        ours = (CHUNK, HEARTBEAT, SIM_STATUS, CONTROL, EMERGENCY_STOP, DEADMAN)
+        self.subscriptions = (*self._watch.subscriptions, *ours)
         self.publications = (*self._outputs.endpoints, REQUEST, CONTROL_STATUS, DIAGNOSTICS)
         self.actions = self._outputs.actions
         self.next_tick_ns = 0
@@ -127,14 +128,13 @@ class CommandCore:
         self._last_reason: Reason | None = None
         self._stops = Stops()
         self._commands = 0
-        self._watch = Watch(self._robot, deadman, estop_required, camera_timeout_s)
 
     # ---- messages in ----
     def on_message(self, topic: str, message: Message, now: Now) -> Effects:
         self._follow_clock(now)
         effects: Effects = ()
         if isinstance(message, JointState):
-            self._watch.on_joints(message)
+            self._watch.on_joints(topic, message)
         elif isinstance(message, Trajectory):
             self._on_chunk(message, now)
         elif isinstance(message, Status):

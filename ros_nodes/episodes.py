@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ros_nodes.joints import merged
 from ros_nodes.recording import Recording
 from vla.data import resample
 from vla.data.actions import CommandSet, Forward, actions_of
@@ -42,8 +43,8 @@ class Skip:
 class Samples:
     """T samples of one episode.
 
-    times: int64[T]. frames: {camera: int64[T], place in Recording.tracks[camera]}. joints: float64[T, D], in the order
-    of Recording.joints. state: float32[T, S]. actions: float32[T, A], None when not all joints are commanded.
+    times: int64[T]. frames: {camera: int64[T], place in Recording.tracks[camera]}. joints: float64[T, D], all of
+    Recording.joints in the robot's order. state: float32[T, S]. actions: float32[T, A], None when not all joints are commanded.
     repeated: {camera: samples that show the same frame as the one before}.
     """
 
@@ -120,8 +121,8 @@ def samples(
     # What was commanded before the start may be of another episode, and the arm put elsewhere since.
     robot, commands = recording.robot, recording.commands.since(span.start_ns)
     said = [(at, text) for at, text in recording.instructions if at < span.stop_ns]
-    begins = [span.start_ns, _first(recording.joints.stamps, span.start_ns)]
-    begins += [_first(track.stamps, span.start_ns) for track in recording.tracks.values()]
+    begins = [span.start_ns]
+    begins += [_first(s.stamps, span.start_ns) for s in (*recording.joints, *recording.tracks.values())]
     complete_ns = commands.complete_ns
     if from_first_command:
         begins.append(NEVER if complete_ns is None else complete_ns + 1)
@@ -134,7 +135,7 @@ def samples(
         return skip(_missing(recording, span, uncommanded, bool(instruction or said)))
     times = resample.sample_times(first_ns, span.stop_ns, rules)
     # The recorder stopped between two joint states: a sample after the last one ends the episode, and is no hole.
-    newest_ns = int(recording.joints.stamps[-1])
+    newest_ns = min(int(signal.stamps[-1]) for signal in recording.joints)
     if span.stop_ns - newest_ns <= rules.gap_ns:
         times = times[times <= newest_ns]
     if not len(times):
@@ -155,14 +156,14 @@ def samples(
     columns = robot.state_names if body.state is None else robot.command_names
     nearest = np.array(["gripper" in name or "finger" in name for name in columns])
     turning = np.array([body.state is None and name.endswith(("_rx", "_ry", "_rz")) for name in columns])
-    found["joint states"] = resample.states(
-        "joint states", recording.joints.stamps, recording.joints.values, times, rules, nearest, turning
-    )
+    for s in recording.joints:
+        kinds = nearest[s.topic.places], turning[s.topic.places]
+        found[s.topic.label] = resample.states(s.topic.label, s.stamps, s.values, times, rules, *kinds)
     gaps = [value for value in found.values() if isinstance(value, Gap)]
     if gaps:
         return skip("; ".join(_say(gap, span) for gap in gaps))
     arrays = {name: value for name, value in found.items() if not isinstance(value, Gap)}
-    joints = arrays.pop("joint states")
+    joints = merged((signal.topic, arrays.pop(signal.topic.label)) for signal in recording.joints)
     if not np.all(np.isfinite(joints)):
         row = int(np.flatnonzero(~np.isfinite(joints).all(axis=1))[0])
         return skip(f"joint states: NaN or infinity {_seconds(times[row] - span.start_ns)} after the start")
@@ -184,8 +185,8 @@ def _actions(recording: Recording, commands: CommandSet, times: np.ndarray, rule
     for at in (times, times + rules.period_ns):
         values = commands.before(at)
         if not commands.commanded.all() and body.state is not None:
-            newest = np.maximum(resample.latest(recording.joints.stamps, at), 0)
-            values[:, ~commands.commanded] = recording.joints.values[newest][:, ~commands.commanded]
+            newest = merged((s.topic, s.values[np.maximum(resample.latest(s.stamps, at), 0)]) for s in recording.joints)
+            values[:, ~commands.commanded] = newest[:, ~commands.commanded]
         ends.append(values)
     return actions_of(recording.robot, ends[0], ends[1], body.forward)
 
@@ -199,7 +200,7 @@ def _first(stamps: np.ndarray, at_ns: int) -> int:
 def _missing(recording: Recording, span: Span, uncommanded: bool, spoken: bool) -> str:
     """Which streams an episode lacks altogether."""
     streams = {f"camera {name}": track.stamps for name, track in recording.tracks.items()}
-    streams["joint states"] = recording.joints.stamps
+    streams |= {signal.topic.label: signal.stamps for signal in recording.joints}
     lacking = [name for name, stamps in streams.items() if _first(stamps, span.start_ns) >= span.stop_ns]
     if uncommanded:
         lacking.append("commands")

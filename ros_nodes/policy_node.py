@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ros_nodes import entry
+from ros_nodes.joints import joint_topics, merged
 from ros_nodes.messages import (
     ERROR,
     OK,
@@ -42,11 +43,9 @@ from ros_nodes.node import (
     HEARTBEAT,
     HEARTBEAT_PERIOD_NS,
     INSTRUCTION,
-    JOINT_STATES,
     PICTURE_KEY,
     REQUEST,
     STAMP_KEY,
-    STATE_VECTOR,
     Effects,
     Job,
     Now,
@@ -121,15 +120,16 @@ class PolicyCore:
         self._period_ns = round(self._robot.period_s * NS_PER_S)
         pictures = [pictures_of(camera.topic, compressed) for camera in self._robot.cameras]
         self._cameras = {endpoint.topic: camera for endpoint, camera in zip(pictures, self._robot.cameras)}
-        source = JOINT_STATES if state is not None else STATE_VECTOR
-        self._state_names = self._robot.command_names if state is not None else self._robot.state_names
-        self.subscriptions = (*pictures, source, INSTRUCTION, REQUEST)
+        self._joints = {topic.topic: topic for topic in joint_topics(self._robot, state is None)}
+        self.subscriptions = (*pictures, *(topic.endpoint for topic in self._joints.values()), INSTRUCTION, REQUEST)
         self.publications = (CHUNK, HEARTBEAT)
         self._beat = Periodic(HEARTBEAT_PERIOD_NS)
         self._frames: dict[str, deque[tuple[int, Picture]]] = {
             camera.name: deque(maxlen=_FRAMES_KEPT) for camera in self._robot.cameras
         }
-        self._states: deque[tuple[int, np.ndarray]] = deque(maxlen=_STATES_KEPT)
+        self._states: dict[str, deque[tuple[int, np.ndarray]]] = {
+            topic: deque(maxlen=_STATES_KEPT) for topic in self._joints
+        }
         self._instruction = ""
         self._faults: dict[str, str] = {"instruction": "no instruction yet on /vla/instruction"}
         self._waiting: Request | None = None
@@ -158,7 +158,7 @@ class PolicyCore:
         if isinstance(message, (Image, CompressedImage)):
             self._on_image(topic, message)
         elif isinstance(message, JointState):
-            self._on_state(message)
+            self._on_state(topic, message)
         elif topic == INSTRUCTION.topic and isinstance(message, Text):
             self._on_instruction(message.data)
         elif topic == REQUEST.topic and isinstance(message, Text):
@@ -192,25 +192,13 @@ class PolicyCore:
         self._faults.pop(camera.name, None)
         self._frames[camera.name].append((message.stamp_ns, message))
 
-    def _on_state(self, message: JointState) -> None:
-        fault = ""
-        index = {name: i for i, name in enumerate(message.names)}
-        missing = [name for name in self._state_names if name not in index]
-        if missing or len(message.positions) != len(message.names):
-            got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
-            fault = explain("joint states", f"positions of {list(self._state_names)}", got, "Fix the driver.")
-        else:
-            values = message.positions[[index[name] for name in self._state_names]]
-            if np.all(np.isfinite(values)):
-                self._states.append((message.stamp_ns, values))
-            else:
-                bad = [name for name, value in zip(self._state_names, values) if not np.isfinite(value)]
-                fault = explain("joint states", "finite positions", f"NaN or infinity in {bad}", "Fix the driver.")
-        if fault:
-            self._states.clear()  # an older, good state would hide that the source broke
-            self._faults["joint_states"] = fault
-        else:
-            self._faults.pop("joint_states", None)
+    def _on_state(self, topic: str, message: JointState) -> None:
+        try:
+            self._states[topic].append((message.stamp_ns, self._joints[topic].positions(message)))
+            self._faults.pop(topic, None)
+        except TransportError as error:
+            self._states[topic].clear()  # an older, good state would hide that the source broke
+            self._faults[topic] = str(error)
 
     def _on_instruction(self, text: str) -> None:
         try:
@@ -240,8 +228,8 @@ class PolicyCore:
             if stamp < not_before_ns:
                 break
             found = [_closest(frames, stamp, self._slop_ns) for frames in others]
-            values = _closest(self._states, stamp, self._slop_ns)
-            if values is None or any(f is None for f in found):
+            states = [_closest(items, stamp, self._slop_ns) for items in self._states.values()]
+            if any(f is None for f in (*found, *states)):
                 continue
             if abs(now.stamp_ns - stamp) > self._max_age_ns:
                 age_s = (now.stamp_ns - stamp) / NS_PER_S
@@ -253,8 +241,10 @@ class PolicyCore:
             self._faults.pop("clock", None)
             frames = [f for f in found if f is not None]
             pictures = dict(zip(self._frames, (picture, *(frame for _, frame in frames))))
-            self._offsets_ns = (values[0] - stamp, *(at - stamp for at, _ in frames))
-            state = self._state_of(values[1]) if self._state_of is not None else values[1].astype(np.float32)
+            near = [s for s in states if s is not None]
+            self._offsets_ns = tuple(at - stamp for at, _ in (*near, *frames))
+            values = merged(zip(self._joints.values(), (row for _, row in near)))
+            state = self._state_of(values) if self._state_of is not None else values.astype(np.float32)
             return Observation({}, state, self._instruction, stamp), pictures
         return None
 
@@ -336,7 +326,8 @@ class PolicyCore:
         """A request that still waits for sensors after max_age_s: the heartbeat says for which."""
         if now.steady_ns - self._waiting_since_ns < self._max_age_ns:
             return
-        sources: dict[str, deque[tuple[int, Any]]] = {**self._frames, "joint states": self._states}
+        told = {self._joints[topic].label: items for topic, items in self._states.items()}
+        sources: dict[str, deque[tuple[int, Any]]] = {**self._frames, **told}
         silent = [name for name, items in sources.items() if not items or items[-1][0] < request.start_ns]
         got = f"nothing new of {silent}" if silent else "stamps further apart"
         expected = f"{list(sources)} within {self._slop_ns / NS_PER_S:g} s of each other"

@@ -59,7 +59,7 @@ from ros_nodes.node import (
     Send,
 )
 from ros_nodes.rclpy_actions import GoalClient, InstructionServer, interface
-from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read
+from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read, settle
 from vla.errors import TransportError, VlaError
 from vla.files import write_text
 
@@ -161,6 +161,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         result = super().on_activate(state)  # publishers first
+        settle()
         with self._lock:
             if self.core is not None and hasattr(self.core, "release"):
                 self.core.release()
@@ -270,6 +271,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
                 self._free()
                 self.core = None
         del core
+        gc.unfreeze()
         gc.collect()
 
     def _free(self) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 from ros_nodes import entry
 from ros_nodes.bag import INCOMPLETE, BagWriter
+from ros_nodes.joints import joint_topics
 from ros_nodes.messages import (
     ERROR,
     OK,
@@ -52,7 +53,6 @@ from ros_nodes.node import (
     EMERGENCY_STOP,
     HEARTBEAT,
     INSTRUCTION,
-    JOINT_STATES,
     RECORD,
     RECORD_STATUS,
     REQUEST,
@@ -100,7 +100,8 @@ def robot_topics(robot: Embodiment, compressed: bool = False) -> tuple[Endpoint,
     compressed: sensor_msgs/CompressedImage on `<camera topic>/compressed` instead of pictures as they are.
     """
     cameras = (pictures_of(camera.topic, compressed, _PICTURES) for camera in robot.cameras)
-    states = (JOINT_STATES, *((STATE_VECTOR,) if robot.control_mode is ControlMode.OSC_DELTA else ()))
+    vector = (STATE_VECTOR,) if robot.control_mode is ControlMode.OSC_DELTA else ()
+    states = (*(topic.endpoint for topic in joint_topics(robot)), *vector)
     ours = (
         INSTRUCTION, REQUEST, CHUNK, HEARTBEAT, CONTROL, CONTROL_STATUS, DIAGNOSTICS, RECORD, SIM_STATUS,
         EMERGENCY_STOP, DEADMAN,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ros_nodes.bag import Bag
+from ros_nodes.joints import JointTopic, joint_topics
 from ros_nodes.messages import (
     CompressedImage,
     Image,
@@ -29,7 +30,7 @@ from ros_nodes.messages import (
     decode,
     from_stamp,
 )
-from ros_nodes.node import INSTRUCTION, JOINT_STATES, RECORD, STATE_VECTOR
+from ros_nodes.node import INSTRUCTION, RECORD
 from ros_nodes.recorder_node import read_mark
 from vla.data.actions import Commands, CommandSet, Sent
 from vla.data.transforms import resize
@@ -48,8 +49,9 @@ COMMAND_TYPES = (Values.type_name, Trajectory.type_name, JointState.type_name)
 
 @dataclass(frozen=True)
 class Signal:
-    """stamps: int64[N], ascending. values: float64[N, D]."""
+    """Joints of one topic. stamps: int64[N], ascending. values: float64[N, J]."""
 
+    topic: JointTopic
     stamps: np.ndarray
     values: np.ndarray
 
@@ -74,8 +76,8 @@ class Recording:
     whose commands are on no topic are a reason to refuse. Raises DataError that names every topic that is missing, of
     another type or unusable, all of them at once.
 
-    tracks: {camera: Track}. joints: Signal, of `Embodiment.command_names`, or of the state vector for robots that
-    publish it. commands: of the joints that are commanded on topics. instructions, marks: in order of time. start_ns,
+    tracks: {camera: Track}. joints: a Signal per topic of joint states, together all of `Embodiment.command_names`, or
+    the state vector for robots that publish it. commands: of the joints that are commanded on topics. instructions, marks: in order of time. start_ns,
     stop_ns: of all of it. notes: what was ignored.
     """
 
@@ -94,24 +96,23 @@ class Recording:
         self._problems: dict[str, str] = {}
         self._logs: dict[str, list[int]] = {}
         self._stamps: dict[str, list[int]] = {}
-        self._rows: list[np.ndarray] = []
+        self._rows: dict[str, list[np.ndarray]] = {}
         self._sent: dict[str, list[Sent]] = {}
         self.instructions: list[tuple[int, str]] = []
         self.marks: list[tuple[int, str]] = []
         self.notes: list[str] = []
         self.start_ns, self.stop_ns = 2**63 - 1, -(2**63)
 
-        vector = robot.action_space == "osc_delta"
-        self._state_topic = (STATE_VECTOR if vector else JOINT_STATES).topic
-        self._state_names = robot.state_names if vector else robot.command_names
+        self._joints = {topic.topic: topic for topic in joint_topics(robot, robot.action_space == "osc_delta")}
         handlers: dict[str, Callable[[str, int, bytes], None]] = {
             INSTRUCTION.topic: self._on_text,
             RECORD.topic: self._on_text,
         }
         cameras = {camera.name: self._camera_topic(camera) for camera in robot.cameras}
         handlers |= {topic: self._on_frame for topic in cameras.values()}
-        if self._find(self._state_topic, (JointState.type_name,)):
-            handlers[self._state_topic] = self._on_joints
+        for topic in self._joints:
+            if self._find(topic, (JointState.type_name,)):
+                handlers[topic] = self._on_joints
         self._sinks: dict[str, tuple[np.ndarray, tuple[str, ...]]] = {}
         for sink in robot.sinks:
             names = sink.joints or robot.command_names
@@ -132,7 +133,7 @@ class Recording:
                 self._problem(topic, str(error))
         self._stop_if_unusable()
         self.tracks = {name: self._track(robot.camera(name), topic) for name, topic in cameras.items()}
-        self.joints = self._signal()
+        self.joints = [self._signal(topic) for topic in self._joints]
         streams = [(places, Commands(self._sent.get(topic, []))) for topic, (places, _) in self._sinks.items()]
         self.commands = CommandSet(streams, len(robot.command_names))
         self._stop_if_unusable()
@@ -197,25 +198,12 @@ class Recording:
             raise TransportError(explain("image", expected, f"{height}x{width}", "Pass --resize to scale them."))
 
     def _on_joints(self, topic: str, log_ns: int, data: bytes) -> None:
-        message = self._decoded(topic, data)
+        message, joints = self._decoded(topic, data), self._joints[topic]
         assert isinstance(message, JointState)
-        row = self._by_name(message.names, message.positions)
-        if row is not None:
-            self._note(topic, log_ns, message.stamp_ns)
-            self._rows.append(row)
-
-    def _by_name(self, names: Sequence[str], positions: np.ndarray) -> np.ndarray | None:
-        """float64[D] in our order; None for a message that is about none of our joints."""
-        index = {name: place for place, name in enumerate(names)}
-        missing = [name for name in self._state_names if name not in index]
-        if len(missing) == len(self._state_names):
-            return None
-        if missing or len(positions) != len(names):
-            got = f"none of {missing}" if missing else f"{len(positions)} positions"
-            raise TransportError(
-                explain("joint names", list(self._state_names), got, "Record one source that has them all.")
-            )
-        return np.asarray(positions, np.float64)[[index[name] for name in self._state_names]]
+        if set(message.names).isdisjoint(joints.names):  # of another arm
+            return
+        self._rows.setdefault(topic, []).append(joints.positions(message, finite=False))
+        self._note(topic, log_ns, message.stamp_ns)
 
     def _on_command(self, topic: str, log_ns: int, data: bytes) -> None:
         message, names = self._decoded(topic, data), self._sinks[topic][1]
@@ -281,12 +269,13 @@ class Recording:
         log_ns = np.array(self._logs[topic], np.int64)
         return Track(camera, topic, self.bag.topics[topic].type_name, stamps, len(times) - 1 - message, log_ns)
 
-    def _signal(self) -> Signal:
-        if not self._rows:
-            self._problem(self._state_topic, f"expected positions of {list(self._state_names)}, got none of them")
-            return Signal(np.empty(0, np.int64), np.empty((0, len(self._state_names))))
-        stamps, place = np.unique(self._times(self._state_topic)[::-1], return_index=True)
-        return Signal(stamps, np.stack(self._rows)[::-1][place])
+    def _signal(self, topic: str) -> Signal:
+        joints = self._joints[topic]
+        if topic not in self._rows:
+            self._problem(topic, f"expected positions of {list(joints.names)}, got none of them")
+            return Signal(joints, np.empty(0, np.int64), np.empty((0, len(joints.names))))
+        stamps, place = np.unique(self._times(topic)[::-1], return_index=True)
+        return Signal(joints, stamps, np.stack(self._rows[topic])[::-1][place])
 
     # ---- pictures ----
     def frames(self, camera: str, places: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:

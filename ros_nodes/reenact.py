@@ -18,6 +18,7 @@ import numpy as np
 
 from ros_nodes.bag import Bag
 from ros_nodes.episodes import Body, Samples, Skip, Span, samples, spans
+from ros_nodes.joints import merged
 from ros_nodes.pictures import decompress
 from ros_nodes.recording import Recording
 from ros_nodes.replay import ANSWERED_OTHERWISE, Answer, Outcome, answers, difference
@@ -116,15 +117,15 @@ def _as_observed(made: Samples, mine: Sequence[Answer], recording: Recording, bo
     for answer in mine:
         stamp_ns, offsets = answer.chunk.stamp_ns, answer.identity.offsets_ns
         k = int(np.searchsorted(made.times, stamp_ns))
-        if len(offsets) != len(frames) or k >= len(made.times) or made.times[k] != stamp_ns:
+        count = len(recording.joints)
+        if len(offsets) != count + len(frames) - 1 or k >= len(made.times) or made.times[k] != stamp_ns:
             continue
-        joints = _place(recording.joints.stamps, stamp_ns + offsets[0])
-        places = [
-            _place(recording.tracks[name].stamps, stamp_ns + offset) for name, offset in zip(frames, (0, *offsets[1:]))
-        ]
-        if joints < 0 or min(places) < 0:
+        joints = [_place(s.stamps, stamp_ns + offset) for s, offset in zip(recording.joints, offsets)]
+        seen = zip(frames, (0, *offsets[count:]))
+        places = [_place(recording.tracks[name].stamps, stamp_ns + offset) for name, offset in seen]
+        if min(*joints, *places) < 0:
             continue
-        values = recording.joints.values[joints]
+        values = merged((s.topic, s.values[place]) for s, place in zip(recording.joints, joints))
         made.state[k] = values if body.state is None else body.state(values)
         for name, place in zip(frames, places):
             frames[name][k] = place

@@ -165,8 +165,8 @@ class _Feed:
             if endpoint.type_name in (Image.type_name, CompressedImage.type_name):
                 pictures.append(topic)
         self.compressed = [topic for topic, known in self._topics.items() if topic != known]
-        state = next(e.topic for e in core.subscriptions if e.type_name == JointState.type_name)
-        self._sources = (pictures[0], state, *pictures[1:])  # in the order of stamp and offsets
+        states = [e.topic for e in core.subscriptions if e.type_name == JointState.type_name]
+        self._sources = (pictures[0], *states, *pictures[1:])  # in the order of stamp and offsets
         self._messages = self._decoded()
         self._ahead: deque[tuple[str, int, Message]] = deque()  # given next
         self._held: list[tuple[str, int, Message]] = []  # too new for the request that is being answered

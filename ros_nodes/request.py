@@ -97,9 +97,9 @@ class ChunkId:
     """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`,
     and at the end, commas between, the offsets and the notes as name=value.
 
-    number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of the joint states
-    and of each camera after the first, against the chunk's stamp: which messages the observation was made of. () where
-    that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit are left out.
+    number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of each topic of
+    joint states and of each camera after the first, against the chunk's stamp: which messages the observation was made
+    of. () where that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit are left out.
     """
 
     episode: int

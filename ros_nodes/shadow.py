@@ -9,12 +9,14 @@ nobody commands, where the joints went.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ros_nodes.doctor import DOUBT, OK, WRONG, Finding
 from ros_nodes.episodes import Body
+from ros_nodes.joints import JointTopic, joint_topics
 from ros_nodes.messages import JointState, Message, Text, Trajectory, Values
 from ros_nodes.node import CHUNK, INSTRUCTION, REQUEST, Effects, Endpoint, Job, Now, Quality, Send
 from ros_nodes.outputs import Outputs
@@ -24,6 +26,7 @@ from ros_nodes.request import Request
 from vla.data import resample
 from vla.data.actions import Commands, CommandSet, Sent, actions_of
 from vla.embodiment import Embodiment
+from vla.errors import TransportError
 
 _SPACING = 4  # control periods between two questions
 _STREAM = Quality(reliable=False, depth=500)
@@ -57,15 +60,17 @@ class Shadow:
         self.subscriptions: tuple[Endpoint, ...] = (*heard, *told)
         self.chunks: list[tuple[int, np.ndarray]] = []
         self._sent: dict[str, list[Sent]] = {topic: [] for topic in self._sinks}
-        self._rows: dict[int, np.ndarray] = {}  # stamp -> positions, or the state vector
+        self._joints = {t.topic: t for t in joint_topics(self.robot, self.robot.action_space == "osc_delta")}
+        self._newest = np.full(sum(len(topic.joints) for topic in self._joints.values()), np.nan)
+        self._rows: dict[int, np.ndarray] = {}  # stamp -> positions, or the state vector, the newest of each topic
         self._given, self._asked, self._waiting = instruction, 0, False
 
     # ---- messages ----
     def on_message(self, topic: str, message: Message, now: Now) -> None:
         if topic in self._sinks:
             self._on_command(topic, message, now)
-        if isinstance(message, JointState) and topic in self._ours:
-            self._on_joints(message)
+        if isinstance(message, JointState) and topic in self._joints:
+            self._on_joints(self._joints[topic], message)
         if topic in self._ours and not (topic == INSTRUCTION.topic and self._given):
             self._perform(self.policy.on_message(topic, message, now), now)
 
@@ -97,13 +102,11 @@ class Shadow:
             elif isinstance(effect, Send) and effect.topic == CHUNK.topic and isinstance(effect.message, Trajectory):
                 self.chunks.append((effect.message.stamp_ns, effect.message.positions.astype(np.float32)))
 
-    def _on_joints(self, message: JointState) -> None:
-        names = self.robot.state_names if self.robot.action_space == "osc_delta" else self.robot.command_names
-        places = {name: place for place, name in enumerate(message.names)}
-        if all(name in places for name in names) and len(message.positions) == len(message.names):
-            row = message.positions[[places[name] for name in names]]
-            if np.all(np.isfinite(row)):
-                self._rows[message.stamp_ns] = row
+    def _on_joints(self, joints: JointTopic, message: JointState) -> None:
+        with suppress(TransportError):  # the policy says what is wrong with it
+            self._newest[joints.places] = joints.positions(message)
+            if np.all(np.isfinite(self._newest)):
+                self._rows[message.stamp_ns] = self._newest.copy()
 
     def _on_command(self, topic: str, message: Message, now: Now) -> None:
         (_, names), came_ns = self._sinks[topic], now.came_ns

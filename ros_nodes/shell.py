@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -93,6 +94,13 @@ class Worker:
             except Exception as error:  # the core decides what a failed job means
                 value = error
             self._done(job.name, value)
+
+
+def settle() -> None:
+    """Take what the start has made out of the garbage collector's sight: a full collection looks at all of it and stops
+    every thread meanwhile, 17 ms in a command node and 75 ms with torch."""
+    gc.collect()
+    gc.freeze()
 
 
 def hold(core: NodeCore, perform: Callable[[Effects], None], now: Callable[[], Now]) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from ros_nodes.joints import JointTopic, joint_topics, merged
 from ros_nodes.messages import JointState, Status
-from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, SILENCE_NS, STAMP_KEY, Now
+from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, SILENCE_NS, STAMP_KEY, Endpoint, Now
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, explain
 from vla.runtime.gate import Reason
@@ -41,16 +43,62 @@ class _Camera:
     joints: np.ndarray | None
     told: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def period_ns(self) -> float:
         """Usual distance of the stamps, 0 while not known."""
         return float(np.median(np.diff(self.told))) if len(self.told) > _TOLD_KEPT // 2 else 0.0
 
 
+class _Source:
+    """One topic of joint states. newest: stamp, positions and velocities float64[J], None while there is none that can
+    be used; fault: why. seen: the last good one, to tell jumps."""
+
+    def __init__(self, reader: JointTopic, robot: Embodiment):
+        self.reader = reader
+        joints = [robot.joints[place] for place in reader.places]
+        lower, upper = (np.array([getattr(j, side) for j in joints]) for side in ("lower", "upper"))
+        reach = np.maximum(upper - lower, UNIT_REACH)
+        self._range = (lower - reach, upper + reach)
+        self._fastest = JUMP_FACTOR * np.array([joint.max_velocity for joint in joints])
+        self.newest: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        self.seen: tuple[int, np.ndarray] | None = None
+        self.fault = f"no {reader.label} yet"
+
+    def take(self, message: JointState) -> Reason:
+        """Into `newest`; what speaks against it."""
+        label = self.reader.label
+        try:
+            positions = self.reader.positions(message)
+            if np.any(positions < self._range[0]) or np.any(positions > self._range[1]):
+                raise TransportError(explain(label, "rad and m in reach of the limits", positions, "Check the units."))
+        except TransportError as error:
+            self.newest, self.fault = None, str(error)
+            return Reason.JOINT_STATE_INVALID
+        jumped = self._jumped(message.stamp_ns, positions)
+        self.newest = message.stamp_ns, positions, self.reader.velocities(message)
+        self.fault = f"{label}: {jumped} jumped further than it can move" if jumped else ""
+        return Reason.JOINT_STATE_JUMP if jumped else Reason.NONE
+
+    def _jumped(self, stamp_ns: int, positions: np.ndarray) -> str:
+        """The joint that is further from where it was last than it can have moved. Stamps that stand or run backwards
+        have a reason of their own."""
+        last, self.seen = self.seen, (stamp_ns, positions)
+        if last is None or stamp_ns < last[0]:
+            return ""
+        beyond = np.abs(positions - last[1]) - self._fastest * ((stamp_ns - last[0]) / NS_PER_S) - JUMP_TOLERANCE
+        return self.reader.names[int(np.argmax(beyond))] if np.any(beyond > 0) else ""
+
+    def late(self, now: Now) -> str:
+        """How far its stamp is from now, where that is too far."""
+        age_ns = 0 if self.newest is None else now.stamp_ns - self.newest[0]
+        return f"{self.reader.label}: the newest is {age_ns / 1e6:.0f} ms old" if abs(age_ns) >= SILENCE_NS else ""
+
+
 class Watch:
     """robot: whose joints and cameras. deadman: one is asked for. estop_required, camera_timeout_s: see CommandCore.
 
-    joints: the newest joint state, see `on_joints`. ending: the shell is about to fall silent. acted: what held the arm
+    joints: stamp, positions float64[D] and velocities or None of this robot's joints, the newest of each topic and the
+    oldest of their stamps; None when one of them is not usable. subscriptions: the topics. ending: the shell is about to fall silent. acted: what held the arm
     when it was last acted upon.
     """
 
@@ -58,11 +106,8 @@ class Watch:
         self, robot: Embodiment, deadman: bool = False, estop_required: bool = False, camera_timeout_s: float = 0.14
     ) -> None:
         self._camera_names, self._deadman = robot.camera_names, deadman
-        self._joint_names = tuple(joint.name for joint in robot.joints)
-        lower, upper = (np.array([getattr(j, side) for j in robot.joints]) for side in ("lower", "upper"))
-        reach = np.maximum(upper - lower, UNIT_REACH)
-        self._range = (lower - reach, upper + reach)
-        self._fastest = JUMP_FACTOR * np.array([joint.max_velocity for joint in robot.joints])
+        self._sources = {reader.topic: _Source(reader, robot) for reader in joint_topics(robot)}
+        self.subscriptions: tuple[Endpoint, ...] = tuple(s.reader.endpoint for s in self._sources.values())
         self._camera_timeout_ns, self._period_ns = round(camera_timeout_s * NS_PER_S), round(robot.period_s * NS_PER_S)
         self._stopped = self._pressed = self.ending = False
         self._unheard = estop_required  # whether an emergency stop is pressed is not known yet
@@ -74,13 +119,13 @@ class Watch:
         self._stranger_ns: int | None = None  # when the last chunk of a second policy came
         self.acted = Reason.NONE
         self.joints: tuple[int, np.ndarray, np.ndarray | None] | None = None
-        self._joint_fault = "no joint states yet"
         self.begin()
 
     def begin(self) -> None:
         """A new episode: the scene may have been laid anew. An emergency stop stays."""
         self._cameras: dict[str, _Camera] = {}
-        self._seen: tuple[int, np.ndarray] | None = None  # the last good joint state, to tell jumps
+        for source in self._sources.values():
+            source.seen = None
         self._event = Reason.NONE  # a fault of one message, which the next may already hide
 
     # ---- operator ----
@@ -104,40 +149,29 @@ class Watch:
         """All stamps are further on by `by_ns`, the sensors' too as soon as they have noticed."""
         self.begin()
         self._told_ns += by_ns
-        if self.joints is not None:
-            self.joints = (self.joints[0] + by_ns, *self.joints[1:])
+        for source in self._sources.values():
+            if source.newest is not None:
+                source.newest = (source.newest[0] + by_ns, *source.newest[1:])
+        self.joints = self._merged()
         self._event = Reason.CLOCK
 
     # ---- joint states ----
-    def on_joints(self, message: JointState) -> None:
-        """Into `joints`: stamp, positions and velocities of this robot's joints, in their order; None when unusable."""
-        index = {name: i for i, name in enumerate(message.names)}
-        missing = [name for name in self._joint_names if name not in index]
-        got = f"missing {missing}" if missing else f"{len(message.positions)} positions"
-        fault = explain("joint states", f"positions of {list(self._joint_names)}", got, "Fix the driver.")
-        if not missing and len(message.positions) == len(message.names):
-            order = [index[name] for name in self._joint_names]
-            positions = message.positions[order]
-            if not np.all(np.isfinite(positions)):
-                fault = explain("joint states", "finite positions", "NaN or infinity", "Fix the driver.")
-            elif np.any(positions < self._range[0]) or np.any(positions > self._range[1]):
-                fault = explain("joint states", "rad and m in reach of the limits", positions, "Check the units.")
-            else:
-                velocities = message.velocities[order] if len(message.velocities) == len(message.names) else None
-                self._note_jump(message.stamp_ns, positions)
-                self.joints, self._joint_fault = (message.stamp_ns, positions, velocities), ""
-                return
-        self.joints, self._joint_fault, self._event = None, fault, Reason.JOINT_STATE_INVALID
+    def on_joints(self, topic: str, message: JointState) -> None:
+        """Into `joints`."""
+        reason = self._sources[topic].take(message)
+        self._event = reason or self._event
+        self.joints = self._merged()
 
-    def _note_jump(self, stamp_ns: int, positions: np.ndarray) -> None:
-        """Further from the last joint state than the arm can have moved. Stamps that stand or run backwards have a
-        reason of their own."""
-        last, self._seen = self._seen, (stamp_ns, positions)
-        if last is None or stamp_ns < last[0]:
-            return
-        allowed = self._fastest * ((stamp_ns - last[0]) / NS_PER_S) + JUMP_TOLERANCE
-        if np.any(np.abs(positions - last[1]) > allowed):
-            self._event = Reason.JOINT_STATE_JUMP
+    def _merged(self) -> tuple[int, np.ndarray, np.ndarray | None] | None:
+        known = [(source.reader, source.newest) for source in self._sources.values() if source.newest is not None]
+        if len(known) < len(self._sources):
+            return None
+        velocities = [(topic, newest[2]) for topic, newest in known if newest[2] is not None]
+        return (
+            min(newest[0] for _, newest in known),
+            merged((topic, newest[1]) for topic, newest in known),
+            merged(velocities) if len(velocities) == len(known) else None,
+        )
 
     # ---- policy ----
     def beat(self, now: Now) -> bool:
@@ -201,7 +235,7 @@ class Watch:
             return self._event
         if (self.silence_ns(now) or 0) >= SILENCE_NS:
             return Reason.HEARTBEAT
-        if self.joints is not None and now.stamp_ns - self.joints[0] >= SILENCE_NS:
+        if any(source.late(now) for source in self._sources.values()):
             return Reason.JOINT_STATE_STALE
         return Reason.CAMERA if self._blind(now) else Reason.NONE
 
@@ -218,7 +252,8 @@ class Watch:
 
     def faults(self, now: Now, running: bool) -> dict[str, str]:
         """What /diagnostics says of it."""
-        out = {"joint_states": self._joint_fault} if self._joint_fault else {}
+        joints = [source.fault or source.late(now) for source in self._sources.values()]
+        out = {"joint_states": "; ".join(filter(None, joints))} if any(joints) else {}
         if running and (blind := self._blind(now)):
             out["camera"] = blind
         if self._two_policies(now):

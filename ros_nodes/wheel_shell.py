@@ -24,7 +24,7 @@ from typing import Any
 
 from ros_nodes.messages import DISTROS, Clock, Raw, encode
 from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Send
-from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read
+from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read, settle
 from ros_nodes.wire import Participant, Publisher
 from vla.errors import ConfigError, TransportError, explain
 from vla.files import write_text
@@ -82,6 +82,7 @@ class WheelShell:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
+        settle()
         self._worker.start()
         self._participant.start()
         try:
