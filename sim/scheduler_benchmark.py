@@ -68,6 +68,7 @@ LINES = (
     *_of_head("FAST", "autoregressive", ("head=fast",), Line("continued, FAST", "continued", ("head=fast",))),
     *_of_head("bins", "autoregressive", ("head=bins",), Line("forced, bins", "forced", ("head=bins",))),
     *_of_head("flow", "flow", (), Line("real-time chunking, flow", "realtime")),
+    *_of_head("diffusion", "diffusion", (), Line("real-time chunking, diffusion", "realtime_diffusion")),
 )
 
 
