@@ -118,7 +118,7 @@ class Live:
             return
         for fresh in (False, True):
             if self._connection is None:
-                self._connection = connect(self._address, compression=None)
+                self._connection = connect(self._address, compression=None).__enter__()  # never left
                 self._connection.recv(timeout=9)  # the hello
             try:
                 self._connection.send(data)
