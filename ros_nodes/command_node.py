@@ -9,8 +9,8 @@ of silence the arm brakes, even if actions are still due, and goes on when the p
 
 It also brakes, and says why, when joint states are late, jump, lose a joint or are not finite; when a camera is silent
 or shows the same picture while the arm moves (the policy's heartbeat tells); when two policies answer; when the clock
-is set or jumps back; when the deadman switch is released, where one is asked for; and at /vla/estop, until the operator
-resumes.
+is set or jumps back; when a driver refuses or aborts a trajectory goal; when the deadman switch is released, where one
+is asked for; and at /vla/estop, until the operator resumes.
 What is noticed between two control periods is acted upon at once. Every reason is on /diagnostics and in the trace.
 Collisions with itself or with the room are not its business: that is a planner's.
 """
@@ -24,21 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ros_nodes import entry
-from ros_nodes.faults import Faults, Stops
-from ros_nodes.messages import (
-    ERROR,
-    OK,
-    WARN,
-    Diagnostics,
-    Flag,
-    JointState,
-    Message,
-    Status,
-    Text,
-    Trajectory,
-    trajectory_to_chunk,
-)
+from ros_nodes import entry, reports
+from ros_nodes.messages import Flag, JointState, Message, Status, Text, Trajectory, trajectory_to_chunk
 from ros_nodes.node import (
     CHUNK,
     CONTROL,
@@ -58,6 +45,7 @@ from ros_nodes.node import (
     Send,
 )
 from ros_nodes.outputs import Outputs
+from ros_nodes.reports import Faults, Stops
 from ros_nodes.request import ChunkId, Request, whole
 from ros_nodes.watch import Watch
 from vla.embodiment import Embodiment, Output
@@ -74,6 +62,7 @@ from vla.types import NS_PER_S
 POLL_NS = 10_000_000  # how often the watchdog looks between control periods
 STATUS_PERIOD_NS = 200_000_000
 OPERATIONS = ("go", "stop", "resume", "done", "save")
+_MOVING = ("running", "ending")
 
 
 class CommandCore:
@@ -84,7 +73,7 @@ class CommandCore:
     (scripted experts) it must cover their answer. deadman: move only while /vla/deadman says true, at least every
     100 ms. estop_required: move only when /vla/estop was heard to say false. camera_timeout_s: how late the next
     picture of a camera may be, counted from when it should have come; heartbeats that tell no stamps of pictures are
-    not held to it. horizon_s: of trajectories, see ros_nodes/outputs.py.
+    not held to it. horizon_s, actions: see ros_nodes/outputs.py.
     """
 
     name = "vla_command"
@@ -98,17 +87,18 @@ class CommandCore:
         estop_required: bool = False,
         camera_timeout_s: float = 0.14,
         horizon_s: float = 0.1,
+        actions: bool = True,
     ):
         self._loop, self._out = loop, out
         self._robot: Embodiment = loop.embodiment
         self._period_ns = round(NS_PER_S / self._robot.rate_hz)
         self._wait_ns = round(slot_wait_s * NS_PER_S)
-        self._outputs = Outputs(self._robot, horizon_s)
+        self._outputs = Outputs(self._robot, horizon_s, actions)
         self._watch = Watch(self._robot, deadman, estop_required, camera_timeout_s)
         ours = (CHUNK, HEARTBEAT, SIM_STATUS, CONTROL, EMERGENCY_STOP, DEADMAN)
         self.subscriptions = (*self._watch.subscriptions, *ours)
         self.publications = (*self._outputs.endpoints, REQUEST, CONTROL_STATUS, DIAGNOSTICS)
-        self.actions = self._outputs.actions
+        self.actions, self.must_be_heard = self._outputs.actions, self._outputs.twins
         self.next_tick_ns = 0
         self._slots = Periodic(self._period_ns)
         self._reports = Periodic(STATUS_PERIOD_NS)
@@ -116,7 +106,10 @@ class CommandCore:
         self._idle_beats = 0  # since the open request was sent
         self._episode: dict[str, Any] | None = None
         self._success = False  # of the last episode
-        self._phase = "idle"  # idle, armed (an episode is announced), running
+        self._phase = (
+            "idle"  # idle, armed (an episode is announced), running, ending (the operator's done or go: brake)
+        )
+        self._after: tuple[int, int, str] | None = None  # the episode that begins when the arm has come to rest
         self._last_ns = 0
         self._set_ns = 0  # of the graph's clock, as far as it is dealt with
         self._requests = 0
@@ -147,6 +140,10 @@ class CommandCore:
         return (*effects, *self._control(now))
 
     def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
+        if topic in self._outputs.arms:
+            self._watch.driver(topic, reason, now)
+            self.next_tick_ns = now.steady_ns  # not in the midst of sending: what brakes would go out before it
+            return ()
         if not reason:  # an action server that refused goals takes them again
             self._faults.pop(topic, None)
             return ()
@@ -239,15 +236,18 @@ class CommandCore:
     def _on_control(self, data: dict[str, Any], now: Now) -> Effects:
         operation = str(data.get("op", ""))
         if operation == "go":
-            words = str(data.get("instruction", ""))
-            self._begin(whole(data, "episode"), whole(data, "seed"), words, now.stamp_ns)
+            after = whole(data, "episode"), whole(data, "seed"), str(data.get("instruction", ""))
+            if self._brake_first():
+                self._after = after
+            else:
+                self._begin(*after, now.stamp_ns)
         elif operation == "stop":
             self._loop.request_stop()
         elif operation == "resume":
             self.resume()
         elif operation == "done":
             steps = whole(data, "steps") if "steps" in data else 0
-            self._finish(bool(data.get("success", False)), steps, "", now)
+            self._finish(bool(data.get("success", False)), steps, "", now, brakes=True)
         elif operation == "save":
             saving, self._saving = self._saving, True
             return () if saving else (Job("save", self.save),)
@@ -258,11 +258,12 @@ class CommandCore:
     # ---- episodes ----
     def _begin(self, number: int, seed: int, instruction: str, start_ns: int) -> None:
         self._episode = {"episode": number, "seed": seed, "instruction": instruction, "start_ns": start_ns}
-        self._phase, self._asked, self._open_until, self._requests = "armed", None, None, 0
+        self._phase, self._asked, self._open_until, self._requests, self._after = "armed", None, None, 0, None
         self._watch.begin()
 
     def _start_if_ready(self, now: Now) -> None:
-        """At rest, with joint states of this episode: the loop begins, its periods counted from the episode's start."""
+        """With joint states of this episode, of an arm that is announced to be at rest or was brought there: the loop
+        begins, its periods counted from the episode's start."""
         assert self._episode is not None
         start_ns = self._episode["start_ns"]
         joints = self._watch.joints
@@ -279,12 +280,22 @@ class CommandCore:
     def _start_ns(self) -> int:
         return 0 if self._episode is None else int(self._episode["start_ns"])
 
-    def _finish(self, success: bool, steps: int, task: str, now: Now) -> None:
-        self._success = success
+    def _brake_first(self) -> bool:
+        """An arm in motion comes to rest before anything else; whether there is one."""
+        if self._phase not in _MOVING or self._loop.gate.at_rest:
+            return False
+        self._phase, self._asked, self._open_until = "ending", None, None
+        self._loop.request_stop()
+        return True
+
+    def _finish(self, success: bool, steps: int, task: str, now: Now, brakes: bool = False) -> None:
+        """brakes: nobody but this node stops the arm, as the simulator does with its own."""
+        self._success, self._after = success, None
         if self._episode is not None and self._phase == "running" and self._loop.trace is not None:
             seed, words = self._episode["seed"], self._episode["instruction"]
             self._loop.trace.add_episode(EpisodeRow(seed, task, words, success, steps, now.stamp_ns))
-        self._phase = "idle"
+        if not (brakes and self._brake_first()):
+            self._phase = "idle"
 
     def _episode_number(self) -> int | None:
         return None if self._episode is None else int(self._episode["episode"])
@@ -295,7 +306,8 @@ class CommandCore:
         if self._reports.due(now.steady_ns):
             effects += [self._status(now), self._diagnostics(now)]
         # Woken at the next control period, and often enough in between to notice silence.
-        next_ns = {"running": self._slots.next_ns, "armed": self._start_ns()}.get(self._phase, now.stamp_ns + POLL_NS)
+        next_ns = self._slots.next_ns if self._phase in _MOVING else now.stamp_ns + POLL_NS
+        next_ns = self._start_ns() if self._phase == "armed" else next_ns
         to_slot = next_ns - now.stamp_ns
         self.next_tick_ns = now.steady_ns + min(max(to_slot, POLL_NS // 50), POLL_NS)
         self.next_tick_ns = min(self.next_tick_ns, self._watch.next_ns(now))
@@ -309,7 +321,7 @@ class CommandCore:
         self._watch.clock_set(by_ns)
         if self._episode is not None:
             self._episode["start_ns"] += by_ns
-        if self._phase == "running":
+        if self._phase in _MOVING:
             self._slots.next_ns += by_ns
             self._last_ns += by_ns
             self._asked = self._open_until = None
@@ -317,9 +329,14 @@ class CommandCore:
 
     def _control(self, now: Now) -> Effects:
         self._follow_clock(now)
+        if self._phase == "ending" and self._loop.gate.at_rest:
+            after, self._phase = self._after, "idle"
+            if after is None:
+                return (self._status(now),)
+            self._begin(*after, max(now.stamp_ns, self._slots.next_ns))  # this period has had its command
         if self._phase == "armed":
             self._start_if_ready(now)
-        if self._phase != "running":
+        if self._phase not in _MOVING:
             return ()
         if now.stamp_ns < self._last_ns:  # time ran backwards: a new grid; the gate stops the arm for it
             self._slots = Periodic(self._period_ns, now.stamp_ns)
@@ -342,7 +359,7 @@ class CommandCore:
 
     def _ask(self, now: Now) -> Effects:
         scheduler = self._loop.scheduler
-        if not scheduler.should_infer(now.stamp_ns):
+        if self._phase == "ending" or not scheduler.should_infer(now.stamp_ns):
             return ()
         assert self._episode is not None
         # Sensors of this very period, when they share its grid; of half a period before, when they do not.
@@ -373,39 +390,14 @@ class CommandCore:
 
     # ---- reports ----
     def _status(self, now: Now) -> Send:
-        scheduler, decision = self._loop.scheduler, self._loop.last[1]
-        return Send(
-            CONTROL_STATUS.topic,
-            Text.of(
-                phase=self._phase,
-                success=self._success,
-                episode=self._episode_number(),
-                verdict="" if decision is None else decision.verdict.name.lower(),
-                reason="" if decision is None else decision.reason.text,
-                due=scheduler.due_actions,
-                missed=scheduler.missed_actions,
-                late=scheduler.late_actions,
-                chunks=scheduler.chunks,
-                time_scale=round(scheduler.time_scale, 3),
-                queue=scheduler.queue_depth,
-                refused=dict(scheduler.refused),
-                commands=self._commands,
-                stamp_ns=now.stamp_ns,
-            ),
-        )
+        facts = dict(phase=self._phase, success=self._success, episode=self._episode_number(), commands=self._commands)
+        return reports.status(self._loop, facts, now)
 
     def _diagnostics(self, now: Now) -> Send:
-        decision = self._loop.last[1] if self._phase == "running" else None
-        reasons = [] if decision is None or not decision.reason else [decision.reason.text]
-        level = ERROR if decision is not None and decision.verdict is Verdict.STOP else WARN if reasons else OK
+        decision = self._loop.last[1] if self._phase in _MOVING else None
         faults = self._faults.shown(now) | self._watch.faults(now, self._phase == "running")
-        if faults:
-            level = max(level, WARN)
         values = {**faults, "policy": self._policy_says, "phase": self._phase}
-        text = "; ".join([*reasons, *faults.values()])[:400] or "ok"
-        return Send(
-            DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (Status(level, self.name, text, values, self._robot.name),))
-        )
+        return reports.diagnostics(self.name, self._robot.name, decision, faults, values, now)
 
     def refusal(self, topic: str) -> str:
         """Why the last message on `topic` was not followed, "" when it was; for shells with services."""
@@ -427,7 +419,7 @@ class CommandCore:
 
     @property
     def held(self) -> bool:
-        return self._phase != "running" or self._loop.gate.at_rest
+        return self._phase not in _MOVING or self._loop.gate.at_rest
 
     # ---- results ----
     def save(self) -> str:
@@ -462,17 +454,18 @@ def build_core(
     sequential: bool = False,
     slot_wait_s: float = 0.0,
     capacity: int = 1 << 18,
+    max_tracking_error: float = 0.2,
     **watch: Any,
 ) -> CommandCore:
     """The command core of one arm, with its loop, gate and trace. lead: periods that inference may take. capacity: rows
-    of the trace, 0 for none. watch: further keyword arguments of CommandCore."""
+    of the trace, 0 for none. max_tracking_error: see Gate. watch: further keyword arguments of CommandCore."""
     scheduler = SequentialScheduler(execute) if sequential else OverlappedScheduler(execute, lead)
     trace = Trace(embodiment, capacity, max(1, capacity // 8)) if capacity else None
-    return CommandCore(control_loop(embodiment, scheduler, trace), out, slot_wait_s, **watch)
+    return CommandCore(control_loop(embodiment, scheduler, trace, max_tracking_error), out, slot_wait_s, **watch)
 
 
 def build(options: argparse.Namespace) -> CommandCore:
-    """The core that COMMAND of ros_nodes/settings.py describes."""
+    """The core that COMMAND of ros_nodes/settings.py describes. options.actions: see CommandCore."""
     from vla.resources import load_embodiment
 
     robot = load_embodiment(options.embodiment)
@@ -486,8 +479,9 @@ def build(options: argparse.Namespace) -> CommandCore:
         changes["outputs"] = (Output(topic, options.output, timeout_s=options.driver_timeout),)
     return build_core(
         replace(robot, **changes), Path(options.out) if options.out else None, options.execute, options.lead,
-        options.sequential, options.slot_wait, 1 << 18 if options.out else 0, deadman=options.deadman,
-        estop_required=options.estop_required, camera_timeout_s=options.camera_timeout,
+        options.sequential, options.slot_wait, 1 << 18 if options.out else 0, options.max_tracking_error,
+        deadman=options.deadman,
+        estop_required=options.estop_required, camera_timeout_s=options.camera_timeout, actions=options.actions,
     )  # fmt: skip
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ros_nodes.episodes import Body
+from ros_nodes.joints import JointTopic, joint_topics, merged
 from ros_nodes.messages import CompressedImage, Image, JointState, Message
-from ros_nodes.node import JOINT_STATES, STATE_VECTOR, Endpoint, Now, Quality, pictures_of
+from ros_nodes.names import Names
+from ros_nodes.node import Endpoint, Now, Quality, pictures_of
 from ros_nodes.outputs import Outputs
 from vla.data import content as known
 from vla.data.content import DataContent
@@ -30,6 +32,7 @@ _KEPT = 40  # pictures of a camera, for their content: enough for a median
 _MOST_STATES = 500  # of which the policy's state is made: kinematics take a while
 _MIN_RATE, _FEW = 0.5, 0.9  # of the rate that is needed: wrong below the first, doubtful below the second
 _AHEAD_S = 0.02  # stamps may lie this far in the future: another clock, well synchronised
+_ALIVE = "/_action/status"  # what every action server publishes
 _BEYOND = 0.05  # rad or m outside of a joint's limits: play, and limits that were rounded
 
 
@@ -73,6 +76,29 @@ class Stream:
         return (len(self.came_ns) - 1) * NS_PER_S / span if span > 0 else 0.0
 
 
+@dataclass
+class Told:
+    """What came on one topic of joint states. rows: stamp, positions float64[J]. missing: names that messages did not
+    have; heard_names: what one of these had instead."""
+
+    reader: JointTopic
+    rows: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    missing: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    heard_names: tuple[str, ...] = ()
+
+    def take(self, message: JointState) -> None:
+        self.missing[tuple(self.reader.missing(message))] += 1
+        try:
+            self.rows.append((message.stamp_ns, self.reader.positions(message, finite=False)))
+        except TransportError:
+            self.heard_names = message.names
+
+    def finite(self) -> tuple[np.ndarray, np.ndarray]:
+        """Stamps int64[N], ascending, and positions float64[N, J] of the rows that are finite."""
+        rows = sorted((row for row in self.rows if np.all(np.isfinite(row[1]))), key=lambda row: row[0])
+        return np.array([stamp for stamp, _ in rows], np.int64), np.array([row for _, row in rows], np.float64)
+
+
 class Live:
     """Hears the sensors of a robot. compressed: cameras on `<topic>/compressed`.
 
@@ -83,16 +109,12 @@ class Live:
         self.robot = robot
         found = [pictures_of(camera.topic, compressed, _PICTURES) for camera in robot.cameras]
         self.cameras = {endpoint.topic: camera for endpoint, camera in zip(found, robot.cameras)}
-        vector = robot.action_space == "osc_delta"
-        self.source = replace(STATE_VECTOR if vector else JOINT_STATES, quality=_STREAM)
-        self.names = robot.state_names if vector else robot.command_names
-        self.subscriptions: tuple[Endpoint, ...] = (*found, self.source)
+        self.joints = {t.topic: Told(t) for t in joint_topics(robot, robot.action_space == "osc_delta")}
+        told = [replace(joints.reader.endpoint, quality=_STREAM) for joints in self.joints.values()]
+        self.subscriptions: tuple[Endpoint, ...] = (*found, *told)
         self.streams = {endpoint.topic: Stream() for endpoint in self.subscriptions}
         self.sizes: dict[str, Counter[tuple[int, int]]] = {camera.name: Counter() for camera in robot.cameras}
         self.encodings: dict[str, Counter[str]] = {camera.name: Counter() for camera in robot.cameras}
-        self.missing: Counter[tuple[str, ...]] = Counter()  # joints that messages did not have
-        self.heard_names: tuple[str, ...] = ()
-        self.rows: list[tuple[int, np.ndarray]] = []  # stamp, positions float64[D] in our order
         self._pictures = {camera.name: _Sample() for camera in robot.cameras}
 
     def on_message(self, topic: str, message: Message, now: Now) -> None:
@@ -106,30 +128,23 @@ class Live:
             self.streams[topic].note(message.stamp_ns, now)
             self.encodings[name][message.encoding if isinstance(message, Image) else message.format] += 1
             self._pictures[name].offer(message)
-        elif isinstance(message, JointState) and topic == self.source.topic:
+        elif isinstance(message, JointState) and topic in self.joints:
             self.streams[topic].note(message.stamp_ns, now)
-            self._on_joints(message)
+            self.joints[topic].take(message)
 
     def on_reject(self, topic: str, reason: str) -> None:
         if topic in self.streams:
             self.streams[topic].rejected[reason] += 1
 
-    def _on_joints(self, message: JointState) -> None:
-        places = {name: place for place, name in enumerate(message.names)}
-        absent = tuple(name for name in self.names if name not in places)
-        self.missing[absent] += 1
-        if absent or len(message.positions) != len(message.names):
-            self.heard_names = message.names
-            return
-        self.rows.append((message.stamp_ns, message.positions[[places[name] for name in self.names]]))
-
     # ---- what it makes of them ----
     def states(self) -> tuple[np.ndarray, np.ndarray]:
-        """Stamps int64[N], ascending, and states float64[N, S] of the finite joint states."""
-        rows = sorted((row for row in self.rows if np.all(np.isfinite(row[1]))), key=lambda row: row[0])
-        rows, state = rows[:: -(-len(rows) // _MOST_STATES) or 1], Body.of(self.robot).state
-        made = [row if state is None else state(row) for _, row in rows]
-        stamps = np.array([stamp for stamp, _ in rows], np.int64)
+        """Stamps int64[N], ascending, and states float64[N, S] of the finite joint states: of the first topic, and of
+        the others what is nearest."""
+        told, state = [(joints.reader, *joints.finite()) for joints in self.joints.values()], Body.of(self.robot).state
+        stamps = told[0][1] if all(len(stamps) for _, stamps, _ in told) else np.empty(0, np.int64)
+        stamps = stamps[:: -(-len(stamps) // _MOST_STATES) or 1]
+        rows = [merged((reader, known[np.argmin(np.abs(s - at))]) for reader, s, known in told) for at in stamps]
+        made = [row if state is None else state(row) for row in rows]
         return stamps, np.array(made, np.float64).reshape(len(made), self.robot.state_dim)
 
     def pictures(self, camera: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,34 +178,40 @@ class _Sample:
 
 
 # ---- the graph ----
-def check(live: Live, graph: Mapping[str, Topic], slop_s: float = 0.02, max_age_s: float = 0.5) -> list[Finding]:
+def check(
+    live: Live, graph: Mapping[str, Topic], slop_s: float = 0.02, max_age_s: float = 0.5, names: Names | None = None,
+    actions: bool = True,
+) -> list[Finding]:  # fmt: skip
     """All that a robot's description says of its topics. graph: every topic that was found. slop_s, max_age_s: of the
-    policy node."""
+    policy node. names: that our topics have in this graph. actions: see Outputs."""
+    names, outputs = names or Names(), Outputs(live.robot, actions=actions)
     out: list[Finding] = []
     for topic, camera in live.cameras.items():
         name, stream = f"camera {camera.name}", live.streams[topic]
-        out.append(_present(name, live, topic, graph))
+        out.append(_present(name, live, topic, graph, names))
         if stream.came_ns:
             out.append(_format(name, camera, live))
             out.append(_rate(f"{name} rate", stream, live.robot.rate_hz))
             out.append(_stamps(f"{name} stamps", stream, max_age_s))
-    stream = live.streams[live.source.topic]
-    out.append(_present("joint states", live, live.source.topic, graph))
-    if stream.came_ns:
-        out.append(_names(live))
-        # Any picture must find a joint state within slop on either side.
-        out.append(_rate("joint states rate", stream, max(live.robot.rate_hz, 1 / (2 * slop_s) if slop_s else 0.0)))
-        out.append(_stamps("joint states stamps", stream, max_age_s))
-    if live.rows:
-        out += _positions(live)
+    # Any picture must find a joint state within slop on either side.
+    needed_hz = max(live.robot.rate_hz, 1 / (2 * slop_s) if slop_s else 0.0)
+    for topic, told in live.joints.items():
+        name, stream = told.reader.label, live.streams[topic]
+        out.append(_present(name, live, topic, graph, names))
+        if stream.came_ns:
+            out.append(_names(told))
+            out.append(_rate(f"{name} rate", stream, needed_hz))
+            out.append(_stamps(f"{name} stamps", stream, max_age_s))
+        if told.rows:
+            out += _positions(live.robot, told)
     out += _together(live, slop_s)
-    return [*out, *(_command(endpoint, graph) for endpoint in Outputs(live.robot).endpoints),
-            *(_server(name, kind, graph) for name, kind in Outputs(live.robot).actions)]  # fmt: skip
+    out += [_command(names(endpoint.topic), endpoint.type_name, graph) for endpoint in outputs.endpoints]
+    return out + [_server(names(f"{name}{_ALIVE}"), kind, graph) for name, kind in outputs.actions]
 
 
-def _present(name: str, live: Live, topic: str, graph: Mapping[str, Topic]) -> Finding:
-    wanted = next(e.type_name for e in live.subscriptions if e.topic == topic)
-    expected, found, stream = f"{wanted} on {topic}", graph.get(topic, Topic()).publishers, live.streams[topic]
+def _present(name: str, live: Live, ours: str, graph: Mapping[str, Topic], names: Names) -> Finding:
+    wanted, topic = next(e.type_name for e in live.subscriptions if e.topic == ours), names(ours)
+    expected, found, stream = f"{wanted} on {topic}", graph.get(topic, Topic()).publishers, live.streams[ours]
     others = sorted(kind for kind in found if kind != wanted)
     if stream.rejected:
         reason, count = stream.rejected.most_common(1)[0]
@@ -200,7 +221,7 @@ def _present(name: str, live: Live, topic: str, graph: Mapping[str, Topic]) -> F
         return Finding(name, WRONG, expected, f"{', '.join(others)} there", remedy)
     if not found and not stream.came_ns:
         alike = [t for t, seen in graph.items() if wanted in seen.publishers]
-        if f"{topic}/compressed" in graph and not topic.endswith("/compressed"):
+        if names(f"{ours}/compressed") in graph and not ours.endswith("/compressed"):
             remedy = "Only compressed pictures are there: pass --compressed."
         else:
             remedy = (
@@ -253,32 +274,34 @@ def _stamps(name: str, stream: Stream, max_age_s: float) -> Finding:
     return Finding(name, OK, expected, got)
 
 
-def _names(live: Live) -> Finding:
-    expected = " ".join(live.names)
-    absent = [names for names in live.missing if names]
+def _names(told: Told) -> Finding:
+    name, expected = told.reader.label.replace("joint states", "joint names"), " ".join(told.reader.names)
+    absent = [names for names in told.missing if names]
     if not absent:
-        if not live.rows:
-            return Finding("joint names", WRONG, expected, "names without positions", "Let the driver fill them.")
-        return Finding("joint names", OK, expected, "all, by name")
+        if not told.rows:
+            return Finding(name, WRONG, expected, "names without positions", "Let the driver fill them.")
+        return Finding(name, OK, expected, "all, by name")
     lost = sorted({name for names in absent for name in names})
-    share = sum(count for names, count in live.missing.items() if names) / live.missing.total()
-    have = " ".join(live.heard_names) or "none"
+    share = sum(count for names, count in told.missing.items() if names) / told.missing.total()
+    have = " ".join(told.heard_names) or "none"
     got = f"{' '.join(lost)} missing in {100 * share:.0f} % of messages, which have {have}"
     if share < 1:
         remedy = "Several sources share the topic: merge them (joint_state_broadcaster, joint_state_publisher)."
     else:
-        remedy = f"Correct the names in the robot's file. {nearest(lost[0], live.heard_names)}"
-    return Finding("joint names", WRONG, expected, got, remedy)
+        remedy = f"Correct the names in the robot's file. {nearest(lost[0], told.heard_names)}"
+    return Finding(name, WRONG, expected, got, remedy)
 
 
-def _positions(live: Live) -> list[Finding]:
+def _positions(robot: Embodiment, told: Told) -> list[Finding]:
     """Finite, and within the joints' limits; a state vector has none."""
-    table = np.stack([row for _, row in live.rows])
+    name, table = told.reader.label.replace("joint states", "joint positions"), np.stack([row for _, row in told.rows])
     if not np.all(np.isfinite(table)):
-        bad = [name for name, column in zip(live.names, table.T) if not np.all(np.isfinite(column))]
-        return [Finding("joint positions", WRONG, "finite", f"NaN or infinity in {' '.join(bad)}", "Fix the driver.")]
-    out = []
-    for joint, value in zip(live.robot.joints, np.median(table, axis=0).tolist()) if live.robot.joints else ():
+        bad = [said for said, column in zip(told.reader.names, table.T) if not np.all(np.isfinite(column))]
+        return [Finding(name, WRONG, "finite", f"NaN or infinity in {' '.join(bad)}", "Fix the driver.")]
+    out, limits = [], {joint.name: joint for joint in robot.joints}
+    for at, value in zip(told.reader.joints, np.median(table, axis=0).tolist()):
+        if (joint := limits.get(at)) is None:
+            continue
         if joint.lower - _BEYOND <= value <= joint.upper + _BEYOND:
             continue
         gripper = known.is_gripper(joint.name)
@@ -289,8 +312,8 @@ def _positions(live: Live) -> list[Finding]:
             Finding(f"joint {joint.name}", WRONG, expected, f"{value:.4g}", remedy.replace(" trained", " meant"))
         )
     if not out:
-        limits = "within the limits" if live.robot.joints else "finite"
-        out.append(Finding("joint positions", OK, limits, "all of them"))
+        expected = "within the limits" if set(told.reader.joints) <= set(limits) else "finite"
+        out.append(Finding(name, OK, expected, "all of them"))
     return out
 
 
@@ -299,7 +322,7 @@ def _together(live: Live, slop_s: float) -> list[Finding]:
     if not live.cameras:
         return []
     first, *others = (live.streams[topic] for topic in live.cameras)
-    sources = [np.sort(s.stamps) for s in (*others, live.streams[live.source.topic])]
+    sources = [np.sort(s.stamps) for s in (*others, *(live.streams[topic] for topic in live.joints))]
     if not first.stamps or any(not len(stamps) for stamps in sources):
         return []
     stamps = np.array(first.stamps)
@@ -322,10 +345,10 @@ def _distance(stamps: np.ndarray, to: np.ndarray) -> np.ndarray:
     return np.minimum(np.abs(stamps[right] - to), np.abs(stamps[left] - to))
 
 
-def _command(endpoint: Endpoint, graph: Mapping[str, Topic]) -> Finding:
-    name, expected = f"commands {endpoint.topic}", f"a controller that takes {endpoint.type_name}"
-    found = graph.get(endpoint.topic, Topic())
-    others = sorted(kind for kind in found.subscribers if kind != endpoint.type_name)
+def _command(topic: str, type_name: str, graph: Mapping[str, Topic]) -> Finding:
+    name, expected = f"commands {topic}", f"a controller that takes {type_name}"
+    found = graph.get(topic, Topic())
+    others = sorted(kind for kind in found.subscribers if kind != type_name)
     if others:
         return Finding(name, WRONG, expected, f"one of {', '.join(others)}", "Correct `outputs` in the robot's file.")
     if not found.subscribers:
@@ -336,8 +359,8 @@ def _command(endpoint: Endpoint, graph: Mapping[str, Topic]) -> Finding:
     return Finding(name, OK, expected, "it listens")
 
 
-def _server(name: str, kind: str, graph: Mapping[str, Topic]) -> Finding:
-    there = graph.get(f"{name}/_action/status", Topic()).publishers
+def _server(topic: str, kind: str, graph: Mapping[str, Topic]) -> Finding:
+    name, there = topic.removesuffix(_ALIVE), graph.get(topic, Topic()).publishers
     got = "it is there" if there else "none"
     remedy = "" if there else "Start its server, or correct `outputs` in the robot's file."
     return Finding(f"action {name}", OK if there else WRONG, f"a server of {kind}", got, remedy)

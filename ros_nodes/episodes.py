@@ -44,8 +44,8 @@ class Samples:
     """T samples of one episode.
 
     times: int64[T]. frames: {camera: int64[T], place in Recording.tracks[camera]}. joints: float64[T, D], all of
-    Recording.joints in the robot's order. state: float32[T, S]. actions: float32[T, A], None when not all joints are commanded.
-    repeated: {camera: samples that show the same frame as the one before}.
+    Recording.joints in the robot's order. state: float32[T, S]. actions: float32[T, A], None when not all joints are
+    commanded. repeated: {camera: samples that show the same frame as the one before}.
     """
 
     span: Span
@@ -121,8 +121,8 @@ def samples(
     # What was commanded before the start may be of another episode, and the arm put elsewhere since.
     robot, commands = recording.robot, recording.commands.since(span.start_ns)
     said = [(at, text) for at, text in recording.instructions if at < span.stop_ns]
-    begins = [span.start_ns]
-    begins += [_first(s.stamps, span.start_ns) for s in (*recording.joints, *recording.tracks.values())]
+    stamps = [s.stamps for s in recording.joints] + [track.stamps for track in recording.tracks.values()]
+    begins = [span.start_ns, *(_first(stream, span.start_ns) for stream in stamps)]
     complete_ns = commands.complete_ns
     if from_first_command:
         begins.append(NEVER if complete_ns is None else complete_ns + 1)

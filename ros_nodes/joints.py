@@ -11,6 +11,7 @@ each use says whose stamps count:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def joint_topics(robot: Embodiment, vector: bool = False) -> tuple[JointTopic, .
     for source in robot.joint_sources:
         joints = source.joints or every
         label = "joint states" if len(robot.joint_sources) == 1 else f"joint states {source.topic}"
-        endpoint = Endpoint(source.topic, JOINT_STATES.type_name, JOINT_STATES.quality)
+        endpoint = replace(JOINT_STATES, topic=source.topic)
         places = np.array([every.index(name) for name in joints], np.int64)
         found.append(JointTopic(endpoint, joints, source.names or joints, places, label))
     return tuple(found)

@@ -1,27 +1,28 @@
 """What can be launched, with which arguments: one declaration for `ros2 launch` and for `vla launch`.
 
-An argument that is not given is left to the parameter file of its node in launch/params, and one that this does not
-have to the default of ros_nodes/settings.py. `launch` and `launch_ros` are imported only by what a launch file calls.
+An argument that is not given is left to the parameter files, `params_file` after that of its node in launch/params, and
+what these do not have to the default of ros_nodes/settings.py. `launch` and `launch_ros` are imported only by what a
+launch file calls.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ros_nodes.settings import NODES, Setting
+from ros_nodes.settings import NODES, RCLPY, Setting
 from vla.errors import ConfigError, explain, nearest
 
 CLOCK_OFFSET_VARIABLE = "VLA_CLOCK_OFFSET_NS"
 _ROOT = Path(__file__).resolve().parents[1]
-_IGNORED = ("use_sim_time", "autostart", "stats")  # parameters of the rclpy shell, not of a node
 _END_S = 20.0  # what a node may take to end before it is told again: a long trace needs a while
 
 
@@ -55,6 +56,8 @@ LAUNCHES = {
 _PARAMS_FILE = Setting("params_file", "text", "", "ROS parameter file that is read after those in launch/params")
 _PYTHON = Setting("python", "text", sys.executable, "Python of the nodes, such as an environment's with torch")
 _SIM_TIME = Setting("use_sim_time", "flag", False, "follow /clock instead of the wall clock")
+_OF_SHELL = {setting.name: setting for setting in (_SIM_TIME, *RCLPY)}  # parameters of every node
+_QOS = "qos_overrides"
 _RESPAWN = Setting("respawn", "flag", False, "start a node again that ends by itself")
 ROS_ONLY = (
     Setting("namespace", "text", "", "of nodes, topics and services"),
@@ -89,12 +92,12 @@ def launch_named(name: str) -> Launch:
 
 def declarations(launch: Launch, extra: Sequence[Setting]) -> dict[str, dict[str, Any]]:
     """{argument: its description, default_value unless it is required, choices if any}, as launch files declare it."""
-    of_nodes = settings_of(launch)
+    of_nodes = settings_of(launch).keys() | _OF_SHELL.keys()
     out: dict[str, dict[str, Any]] = {}
-    for name, setting in {**of_nodes, **{s.name: s for s in (*common(launch), *extra)}}.items():
+    for name, setting in {**settings_of(launch), **{s.name: s for s in (*common(launch), *extra)}}.items():
         choices = ["true", "false"] if setting.kind == "flag" else list(setting.choices)
         default = str(setting.default).lower() if setting.kind == "flag" else str(setting.default)
-        if name in of_nodes:  # left to the parameter file
+        if name in of_nodes:  # left to the parameter files
             default, choices = "", ["", *filter(None, choices)] if choices else []
         out[name] = {"description": setting.described}
         if name not in launch.required:
@@ -121,7 +124,7 @@ def parameters(launch: Launch, node: str, values: Mapping[str, str]) -> dict[str
     """{parameter: value} of `node`, as far as arguments say something; words and lists as one text, as in ROS."""
     names = launch.parts[node]
     out: dict[str, Any] = {}
-    for setting in NODES[node].settings:
+    for setting in (*NODES[node].settings, *_OF_SHELL.values()):
         text = values.get(names.get(setting.name, setting.name), "")
         if text != "":
             value = setting.read(text)
@@ -144,31 +147,56 @@ def params_dir() -> Path:
     raise ConfigError(explain("launch/params", "a folder of parameter files", "none", "Reinstall the package."))
 
 
-def read_params(path: Path, node: str) -> dict[str, Any]:
-    """What a ROS parameter file says to `node`, by the keys /**, /**/NAME, /NAME and NAME; ConfigError when it says
-    what the node does not have, or a value out of range."""
+def read_params(path: Path, node: str, namespace: str = "") -> dict[str, Any]:
+    """What a ROS parameter file says to `node` of this namespace, its shell's parameters included; ConfigError when it
+    says what the node does not have, or a value out of range, be it to the node of that name in another namespace."""
+    name = NODES[node].name
+    full = "/" + "/".join(filter(None, (*namespace.split("/"), name)))
+    values: dict[str, Any] = {}
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        sections = [data[key]["ros__parameters"] or {} for key in _keys(node) if data.get(key)]
-        said = {name: value for section in sections for name, value in section.items()}
+        for key, section in _sections(data):
+            fits = _fits(key, full)
+            if fits or key.endswith(f"/{name}"):
+                read = _checked(path, node, section)
+                values |= read if fits else {}
     except OSError as error:
         raise ConfigError(explain("params_file", "a readable file", str(error), "Check the path.")) from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         remedy = "Write it as NODE: ros__parameters: NAME: VALUE."
         raise ConfigError(explain(str(path), "a ROS parameter file", f"{error!r}", remedy)) from error
-    known = {setting.name: setting for setting in NODES[node].settings}
-    values = {}
-    for name, value in said.items():
-        if name in known:
-            values[name] = known[name].read(value)
-        elif name not in _IGNORED and name.split(".")[0] != "qos_overrides":
-            raise ConfigError(f"{path}: {NODES[node].name} has no parameter {name!r}. {nearest(name, known)}")
     return values
 
 
-def _keys(node: str) -> tuple[str, ...]:
-    name = NODES[node].name
-    return "/**", f"/**/{name}", f"/{name}", name
+def _sections(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(full name of a node, or its pattern; its parameters). Namespaces may be keys with their nodes below."""
+    for key, value in data.items():
+        if key == "ros__parameters":
+            yield above, value or {}
+        elif not isinstance(value, Mapping | None):
+            raise TypeError(f"{key}: {value!r}")
+        elif value:
+            yield from _sections(value, f"{above}/{str(key).strip('/')}")
+
+
+def _fits(key: str, name: str) -> bool:
+    """As rcl does: * stands for one part of a name, ** for any number of them."""
+    parts = {"*": r"/\w+", "**": r"(?:/\w+)*"}
+    pattern = "".join(parts.get(part, "/" + re.escape(part)) for part in key.split("/")[1:])
+    return re.fullmatch(pattern, name) is not None
+
+
+def _checked(path: Path, node: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    known = {**_OF_SHELL, **{setting.name: setting for setting in NODES[node].settings}}
+    values = {}
+    for name, value in section.items():
+        if name in known:
+            values[name] = known[name].read(value)
+        elif name.split(".")[0] == _QOS:
+            values[name] = value
+        else:
+            raise ConfigError(f"{path}: {NODES[node].name} has no parameter {name!r}. {nearest(name, known)}")
+    return values
 
 
 # ---- processes ----
@@ -181,15 +209,20 @@ def environment() -> dict[str, str]:
 
 
 def wheel_command(launch: Launch, node: str, values: Mapping[str, str]) -> list[str]:
-    """The command line that runs `node` on the DDS wheel as these arguments say."""
+    """The command line that runs `node` on the DDS wheel as these arguments say. ConfigError for a parameter file that
+    asks for what only rclpy does."""
     said = dict(read_params(params_dir() / f"{node}.yaml", node))
-    if values.get("params_file"):
-        said |= read_params(Path(values["params_file"]), node)
+    if path := values.get("params_file"):
+        said |= read_params(Path(path), node)
+        beyond = [name for name in said if name.split(".")[0] == _QOS or (name == "autostart" and not said[name])]
+        if beyond:
+            remedy = f"Use `ros2 launch launch/{launch.name}.launch.py`, or leave it out."
+            raise ConfigError(explain(f"{path}: {beyond[0]}", "ROS 2 (rclpy)", "the DDS wheel", remedy))
     said |= parameters(launch, node, values)
     words = [word for s in NODES[node].settings if s.name in said for word in s.words(said[s.name])]
     words += [word for s in WHEEL_ONLY if values.get(s.name) for word in (s.option, values[s.name])]
-    if launch.simulated and values.get("use_sim_time", "").lower() == "true":
-        words.append("--use-sim-time")
+    words += ["--use-sim-time"] if said.get("use_sim_time") else []
+    words += ["--stats", said["stats"]] if said.get("stats") else []
     return [values.get("python") or sys.executable, "-m", NODES[node].module, *words]
 
 
@@ -217,10 +250,8 @@ def _start(context: Any, launch: Launch, part: str) -> list[Any]:
     check(launch, values, ROS_ONLY)
     files = [params_dir() / f"{part}.yaml", *([Path(values["params_file"])] if values["params_file"] else [])]
     for path in files:
-        read_params(path, part)
-    given = {**parameters(launch, part, values), "autostart": _AUTOSTART.read(values["autostart"])}
-    if launch.simulated:
-        given["use_sim_time"] = _SIM_TIME.read(values["use_sim_time"])
+        read_params(path, part, values["namespace"])
+    given = parameters(launch, part, values)
     return [
         LifecycleNode(
             name=NODES[part].name,
@@ -228,7 +259,7 @@ def _start(context: Any, launch: Launch, part: str) -> list[Any]:
             executable=values["python"],
             arguments=["-m", "ros_nodes.rclpy_shell", part],
             ros_arguments=["--log-level", values["log_level"]],
-            parameters=[*map(str, files), given],
+            parameters=[*map(str, files), *([given] if given else [])],
             additional_env=environment(),
             respawn=_RESPAWN.read(values["respawn"]),
             respawn_delay=1.0,
@@ -237,6 +268,3 @@ def _start(context: Any, launch: Launch, part: str) -> list[Any]:
             output="screen",
         )
     ]
-
-
-_AUTOSTART = ROS_ONLY[1]

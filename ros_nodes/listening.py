@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ros_nodes.doctor import Topic
 from ros_nodes.messages import Clock, Message, decode
+from ros_nodes.names import Names
 from ros_nodes.node import CLOCK, Endpoint, Now
 from ros_nodes.shell import GraphClock
 from vla.errors import ConfigError, TransportError, explain
@@ -36,13 +37,14 @@ class Hearer(Protocol):
 @dataclass(frozen=True)
 class Place:
     """Which graph. shell: "rclpy", "wheel", or "" for rclpy where it can be imported, else the wheel. network: of the
-    wheel, see ros_nodes.wire.domain_config."""
+    wheel, see ros_nodes.wire.domain_config. names: that our topics have there."""
 
     shell: str = ""
     domain: int | None = None
     network: str = "loopback"
     distro: str = "jazzy"
     use_sim_time: bool = False
+    names: Names = field(default_factory=Names)
 
     @property
     def chosen(self) -> str:
@@ -56,7 +58,7 @@ def listen(
     place: Place, endpoints: Sequence[Endpoint], seconds: float, hearer: Hearer,
     tick: Callable[[Now], object] | None = None,
 ) -> dict[str, Topic]:  # fmt: skip
-    """Hand `hearer` what comes on `endpoints` within `seconds`; who was there at the end, by topic.
+    """Hand `hearer` what comes on `endpoints` within `seconds`; who was there at the end, by the topic's name there.
 
     tick: called every _IDLE_S or more often, on the same thread. Returns early on KeyboardInterrupt.
     """
@@ -125,7 +127,7 @@ def _on_wheel(
 
     with Participant(NODE, domain=place.domain, network=place.network, distro=place.distro) as participant:
         for e in endpoints:
-            participant.subscribe(e.topic, e.type_name, e.quality, functools.partial(receive, e.topic))
+            participant.subscribe(place.names(e.topic), e.type_name, e.quality, functools.partial(receive, e.topic))
         participant.start()
         yield lambda: _collected(iter(participant.endpoints()))
 
@@ -164,7 +166,7 @@ def _on_rclpy(
     try:
         for e in endpoints:
             take = functools.partial(stamped, e.topic)
-            node.create_subscription(interface(e.type_name), e.topic, take, qos(e.quality), raw=True)
+            node.create_subscription(interface(e.type_name), place.names(e.topic), take, qos(e.quality), raw=True)
         thread.start()
         yield lambda: _collected(found())
     finally:

@@ -4,7 +4,8 @@
     velocities               the same; only with a stated driver timeout, because a velocity goes on
     trajectory               trajectory_msgs/JointTrajectory: the command, what is planned next, and the stop
     follow_joint_trajectory  the same as goal of control_msgs/action/FollowJointTrajectory
-    gripper_command          goal of control_msgs/action/GripperCommand, sent when it changes
+    gripper_command          goal of control_msgs/action/GripperCommand, sent when it changes; without action clients
+                             the goal's position on its twin, NAME/commands, with every command
 
 A trajectory carries its own stop: whatever happens to this process, the controller ends at rest. It reaches at most
 `horizon_s` beyond the command, less than any watchdog here, and its last velocities are zero, as Jazzy's joint
@@ -33,15 +34,22 @@ _TOPIC_TYPES = {
     "velocities": Values.type_name,
     "trajectory": Trajectory.type_name,
 }
+TWIN = "/commands"  # behind the name of a gripper's action: std_msgs/Float64MultiArray of one position
 _GRIPPER_STEP = 0.02  # of its range: a new goal for less would only restart the driver's motion
 _MAX_EFFORT = 0.0  # as much as the driver allows, by GripperCommand's convention
 
 
 class Outputs:
-    """The outputs of one robot. horizon_s: how far a trajectory goes on as planned after the command, then it stops."""
+    """The outputs of one robot. horizon_s: how far a trajectory goes on as planned after the command, then it stops.
+    actions: the shell has action clients; without them grippers are told on topics.
 
-    def __init__(self, robot: Embodiment, horizon_s: float = 0.1) -> None:
-        self._robot = robot
+    twins: these topics.
+    """
+
+    def __init__(self, robot: Embodiment, horizon_s: float = 0.1, actions: bool = True) -> None:
+        self._robot, self._has_actions = robot, actions
+        grippers = [sink.topic + TWIN for sink in robot.sinks if sink.kind == "gripper_command"]
+        self.twins: tuple[str, ...] = () if actions else tuple(grippers)
         self._horizon = int(horizon_s * robot.rate_hz + 1e-9)
         self._sinks: list[tuple[Output, np.ndarray, tuple[str, ...]]] = []
         for sink in robot.sinks:
@@ -53,12 +61,19 @@ class Outputs:
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        return tuple(Endpoint(s.topic, _TOPIC_TYPES[s.kind]) for s, _, _ in self._sinks if s.kind in _TOPIC_TYPES)
+        topics = [Endpoint(s.topic, _TOPIC_TYPES[s.kind]) for s, _, _ in self._sinks if s.kind in _TOPIC_TYPES]
+        return (*topics, *(Endpoint(topic, Values.type_name) for topic in self.twins))
 
     @property
     def actions(self) -> tuple[tuple[str, str], ...]:
         """(name, type) of the action servers that goals go to."""
-        return tuple((s.topic, ACTION_TYPES[s.kind]) for s, _, _ in self._sinks if s.kind in ACTION_TYPES)
+        goals = [s for s, _, _ in self._sinks if s.kind in ACTION_TYPES and s.topic + TWIN not in self.twins]
+        return tuple((s.topic, ACTION_TYPES[s.kind]) for s in goals)
+
+    @property
+    def arms(self) -> frozenset[str]:
+        """Names of the actions that move the arm: it stops where they are not followed."""
+        return frozenset(sink.topic for sink, _, _ in self._sinks if sink.kind == "follow_joint_trajectory")
 
     def of(self, values: np.ndarray, loop: ControlLoop, now: Now) -> list[Send | Goal]:
         """What to send for the command `values` float64[D] that the loop has just decided."""
@@ -80,13 +95,15 @@ class Outputs:
                     out.append(Goal(sink.topic, ACTION_TYPES[sink.kind], trajectory))
         return out
 
-    def _grip(self, sink: Output, value: float, place: int) -> Sequence[Goal]:
+    def _grip(self, sink: Output, value: float, place: int) -> Sequence[Send | Goal]:
         joint, last = self._robot.joints[place], self._grips.get(sink.topic)
         step = 0.0 if value in (joint.lower, joint.upper) else _GRIPPER_STEP * (joint.upper - joint.lower)
-        if last is not None and (value == last or abs(value - last) < step):
-            return ()
-        self._grips[sink.topic] = value
-        return (Goal(sink.topic, ACTION_TYPES[sink.kind], Values(np.array([value, _MAX_EFFORT]))),)
+        if changed := last is None or (value != last and abs(value - last) >= step):
+            self._grips[sink.topic] = value
+        if not self._has_actions:  # again and again: what listens may have come, or come back, just now
+            return (Send(sink.topic + TWIN, Values(np.array([self._grips[sink.topic]]))),)
+        goal = Values(np.array([value, _MAX_EFFORT]))
+        return (Goal(sink.topic, ACTION_TYPES[sink.kind], goal),) if changed else ()
 
 
 def _trajectory(path: CommandPath, places: np.ndarray, names: tuple[str, ...], stamp_ns: int) -> Trajectory:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from policies.parts import Parts
+from vla.data.transforms import fits
 from vla.embodiment import Embodiment
-from vla.errors import ConfigError, DataError, explain
-from vla.policy import Policy
+from vla.errors import ConfigError, DataError, EmbodimentMismatch, explain
+from vla.policy import Policy, PolicyWrapper
 from vla.resources import BUNDLE_MARKER, bundle_path, is_address, load_embodiment
 
 
@@ -24,7 +26,8 @@ def load_policy(
 ) -> Policy:
     """name: a bundle folder, the name of a shipped bundle, the ws:// address of `vla serve`, "hold", or a .npy file
     with action chunks float[N, T, A] to play one after the other. embodiment: the robot; a bundle must have been made
-    for it, the others need it.
+    for it, the others need it. With one the policy's `embodiment` is that robot as it is described now, corrected since
+    the training or not: its topics, joints and limits. The size of its pictures stays the policy's.
     threads: CPU threads of torch in this process. parts: what a bundle is run with; the others take none. device: where
     a bundle runs, see `device_named` of policies.vla_policy.
 
@@ -47,12 +50,47 @@ def load_policy(
             raise ConfigError(explain("embodiment", f"a robot for {name!r}", "none", "Pass --embodiment."))
         from policies.remote.attach import attached
 
-        return attached(name, robot, parts)[0]
+        return _on_robot(attached(name, robot, parts)[0], robot, name)
     policy, inner = parts.load(bundle_path(name), device, threads)
     if robot is not None:
-        robot.require_same(policy.embodiment, f"robot {robot.name!r} and policy {name!r}")
+        policy = _on_robot(policy, robot, name)
     inner.warm_up()
     return policy
+
+
+def differences(robot: Embodiment, trained: Embodiment) -> list[str]:
+    """Those of Embodiment.differences, and cameras whose pictures cannot stand for the ones of the training."""
+    found = robot.differences(trained)
+    for mine, theirs in zip(robot.cameras, trained.cameras):
+        if mine.name == theirs.name and not fits(mine.height, mine.width, theirs):
+            sizes = f"{mine.height}x{mine.width} does not fit {theirs.height}x{theirs.width}"
+            found.append(f"camera {mine.name}: {sizes}, nor is it larger in that proportion")
+    return found
+
+
+class _OnRobot(PolicyWrapper):
+    """A policy on a robot whose description is not the one that it was trained with."""
+
+    def __init__(self, policy: Policy, robot: Embodiment):
+        super().__init__(policy)
+        self._robot = robot
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._robot
+
+
+def _on_robot(policy: Policy, robot: Embodiment, name: str) -> Policy:
+    trained = policy.embodiment
+    if found := differences(robot, trained):
+        raise EmbodimentMismatch(
+            f"robot {robot.name!r} and policy {name!r}: {len(found)} difference(s): {'; '.join(found)}. "
+            "Use a policy made for this robot."
+        )
+    pairs = zip(robot.cameras, trained.cameras)
+    cameras = tuple(replace(mine, height=theirs.height, width=theirs.width) for mine, theirs in pairs)
+    now = replace(robot, cameras=cameras)
+    return policy if now == trained else _OnRobot(policy, now)
 
 
 def facts_of(name: str, parts: Parts, device: str = "cpu") -> dict[str, str]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionClient, ActionServer, CancelResponse, GoalResponse
 from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.serialization import deserialize_message
@@ -27,6 +30,9 @@ from vla.types import check_instruction
 
 EXECUTE = "vla/execute"
 _STOP_LIMIT_S = 3.0  # how long a cancelled goal may take to come to rest
+_BEGIN_LIMIT_S = 1.0  # an accepted goal that has not begun by then never will: its client went away meanwhile
+# Of FollowJointTrajectory's error codes, those that no newer goal is the cause of.
+_TOLERANCES = {-4: "path tolerance violated", -5: "goal tolerance violated"}
 
 
 @functools.cache
@@ -42,16 +48,22 @@ def interface(name: str) -> Any:
 
 
 class GoalClient:
-    """Sends goals to one action server: control_msgs FollowJointTrajectory or GripperCommand."""
+    """Sends goals to one action server: control_msgs FollowJointTrajectory or GripperCommand.
+
+    A goal that the server ends because of the next one counts as followed, whether it says cancelled or aborted; one
+    that left its tolerances does not, whenever that is heard.
+    """
 
     def __init__(self, node: Any, name: str, type_name: str, group: CallbackGroup):
         self._name, self._type, self._fault = name, interface(type_name), ""
         self._waiting: Message | None = None
+        self._sent = 0  # goals; the number of the newest
+        self._aborted = 0  # the newest that was; what was sent before says nothing of the server since
         self._client = ActionClient(node, self._type, name.lstrip("/"), callback_group=group)
 
     def send(self, goal: Message, refused: Callable[[str, str], None]) -> None:
         """goal: a Trajectory, or Values (position, max_effort). refused: called with the name and why when goals begin
-        to be refused, and with "" when they are taken again."""
+        to be refused, and whenever one is aborted; with "" when they are taken again."""
         self._waiting = None
         if not self._client.server_is_ready():
             # A gripper's goal is said once and stays true; a trajectory is stale by the next one.
@@ -65,18 +77,38 @@ class GoalClient:
         else:
             assert isinstance(goal, Values)
             message.command.position, message.command.max_effort = (float(value) for value in goal.data)
+        self._sent += 1
         answer = self._client.send_goal_async(message)
-        answer.add_done_callback(functools.partial(self._answered, refused))
+        answer.add_done_callback(functools.partial(self._answered, refused, self._sent))
 
     def retry(self, refused: Callable[[str, str], None]) -> None:
         """Send what still waits for its server."""
         if self._waiting is not None and self._client.server_is_ready():
             self.send(self._waiting, refused)
 
-    def _answered(self, refused: Callable[[str, str], None], answer: Future) -> None:
+    def _answered(self, refused: Callable[[str, str], None], number: int, answer: Future) -> None:
         handle = answer.result()
-        if handle is not None:
-            self._note("" if handle.accepted else f"{self._name}: the controller refused the goal", refused)
+        if handle is None:
+            return
+        if not handle.accepted:
+            self._note(f"{self._name}: the controller refused the goal", refused)
+            return
+        if number > self._aborted:
+            self._note("", refused)
+        handle.get_result_async().add_done_callback(functools.partial(self._ended, refused, number))
+
+    def _ended(self, refused: Callable[[str, str], None], number: int, answer: Future) -> None:
+        ended = answer.result()
+        if ended is None or ended.status != GoalStatus.STATUS_ABORTED:
+            return
+        code, words = getattr(ended.result, "error_code", 0), getattr(ended.result, "error_string", "")
+        if number < self._sent and code not in _TOLERANCES:
+            return
+        if getattr(ended.result, "stalled", False):
+            words = f"stalled at {ended.result.position:.4g}"
+        why = ", ".join(filter(None, (_TOLERANCES.get(code, f"code {code}" if code else ""), words)))
+        self._aborted, self._fault = self._sent, ""
+        self._note(f"{self._name}: the controller aborted the goal" + f" ({why})" * bool(why), refused)
 
     def _note(self, fault: str, refused: Callable[[str, str], None]) -> None:
         if fault != self._fault:
@@ -99,7 +131,9 @@ class InstructionServer:
         self._status: dict[str, Any] = {}
         self._abandoned = ""
         self._changed = Future()
+        self._lock = threading.Lock()  # goals may come on any thread of the executor
         self._busy = False
+        self._claimed_s = -math.inf  # when the goal was accepted that has not begun yet
         # Both of these publish and answer while a goal runs, so they cannot be in the core's exclusive group.
         self._words = node.create_publisher(
             interface("std_msgs/msg/String"), INSTRUCTION.topic.lstrip("/"), qos(INSTRUCTION.quality)
@@ -146,10 +180,16 @@ class InstructionServer:
         except ObservationError as error:
             self._node.get_logger().warning(f"{EXECUTE}: {error}")
             return GoalResponse.REJECT
-        return GoalResponse.REJECT if self._busy else GoalResponse.ACCEPT
+        with self._lock:
+            now = time.monotonic()
+            if self._busy or now - self._claimed_s < _BEGIN_LIMIT_S:
+                return GoalResponse.REJECT
+            self._claimed_s = now
+        return GoalResponse.ACCEPT
 
     async def _execute(self, handle: Any) -> Any:
-        self._busy = True
+        with self._lock:
+            self._busy, self._claimed_s = True, -math.inf
         try:
             return await self._run(handle)
         finally:

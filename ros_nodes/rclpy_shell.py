@@ -45,10 +45,9 @@ from rclpy.utilities import remove_ros_args
 
 from ros_nodes import settings
 from ros_nodes.messages import DISTROS, Flag, Raw, Text, encode
+from ros_nodes.names import relative
 from ros_nodes.node import (
-    CLOCK,
     CONTROL,
-    DIAGNOSTICS,
     EMERGENCY_STOP,
     RECORD,
     Effects,
@@ -63,7 +62,6 @@ from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClo
 from vla.errors import TransportError, VlaError
 from vla.files import write_text
 
-_GLOBAL = (CLOCK.topic, DIAGNOSTICS.topic)
 _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 PATIENCE_S = 3.0  # Ctrl-C reaches a node from the terminal and again from launch: within this, both mean one thing
 _SHORTEST_NS = 20_000  # of the timer: rcl takes no period of zero
@@ -81,11 +79,6 @@ def qos(quality: Quality) -> QoSProfile:
         reliability=ReliabilityPolicy.RELIABLE if quality.reliable else ReliabilityPolicy.BEST_EFFORT,
         durability=DurabilityPolicy.TRANSIENT_LOCAL if quality.latched else DurabilityPolicy.VOLATILE,
     )
-
-
-def relative(topic: str) -> str:
-    """The name under which a topic is made, so that the node's namespace applies to it."""
-    return topic if topic in _GLOBAL else topic.lstrip("/")
 
 
 def descriptor(setting: settings.Setting) -> ParameterDescriptor:
@@ -124,13 +117,14 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
     def _on_set(self, parameters: Sequence[Parameter]) -> SetParametersResult:
         known = {setting.name: setting for setting in (*self._kind.settings, *settings.RCLPY)}
         for parameter in parameters:
-            if parameter.name not in known:
+            if parameter.name not in known and parameter.name != "use_sim_time":
                 continue
             if self.core is not None:
                 reason = f"{parameter.name} is read at configure: ros2 lifecycle set {self.get_name()} cleanup first"
                 return SetParametersResult(successful=False, reason=reason)
             try:
-                known[parameter.name].read(parameter.value)
+                if parameter.name in known:
+                    known[parameter.name].read(parameter.value)
             except VlaError as error:
                 return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
@@ -138,7 +132,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
     def _options(self) -> Any:
         values = {setting.name: self.get_parameter(setting.name).value for setting in self._kind.settings}
         options = settings.options(self._kind.settings, values)
-        options.use_sim_time = self.get_parameter("use_sim_time").value
+        options.actions, options.use_sim_time = True, self.get_parameter("use_sim_time").value
         distro = os.environ.get("ROS_DISTRO", "")
         options.distro = distro if distro in DISTROS else "jazzy"
         return options
@@ -357,6 +351,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
         with self._lock:
             if self.core is not None:
                 self._perform(self.core.on_reject(action, reason, self._now()))
+                self._arm()
 
     # ---- services and the action: each says what a message on its twin topic would ----
     def _tell(self, topic: str, message: Text | Flag) -> tuple[bool, str]:

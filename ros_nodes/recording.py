@@ -77,8 +77,8 @@ class Recording:
     another type or unusable, all of them at once.
 
     tracks: {camera: Track}. joints: a Signal per topic of joint states, together all of `Embodiment.command_names`, or
-    the state vector for robots that publish it. commands: of the joints that are commanded on topics. instructions, marks: in order of time. start_ns,
-    stop_ns: of all of it. notes: what was ignored.
+    the state vector for robots that publish it. commands: of the joints that are commanded on topics. instructions,
+    marks: in order of time. start_ns, stop_ns: of all of it. notes: what was ignored.
     """
 
     def __init__(

@@ -99,7 +99,8 @@ class ChunkId:
 
     number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of each topic of
     joint states and of each camera after the first, against the chunk's stamp: which messages the observation was made
-    of. () where that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit are left out.
+    of. () where that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit
+    are left out.
     """
 
     episode: int

@@ -141,6 +141,8 @@ COMMAND = (
     Setting("deadman", "flag", False, "move only while /vla/deadman says true, at least every 100 ms"),
     Setting("estop_required", "flag", False, "do not move before /vla/estop has said false; publish it often"),
     Setting("camera_timeout", "float", 0.14, "how late a picture may be", 0.01, 10.0, unit="s"),
+    Setting("max_tracking_error", "float", 0.2, "of a joint from where it was commanded in the last 0.2 s, rad or m",
+            0.005, 3.2),
     Setting("urdf", "text", "", "limits of this URDF hold too, the stricter of each"),
     Setting("robot_model", "text", "", "MJCF or URDF for inverse kinematics"),
     Setting("output", "text", "", "send all joints as this; nothing is what the robot's file says",

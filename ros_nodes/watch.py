@@ -21,6 +21,7 @@ from vla.runtime.scheduler import MAX_GAP
 from vla.types import NS_PER_S
 
 STRANGER_NS = 1_000_000_000  # how long the arm waits after the last chunk of a second policy
+DRIVER_NS = 1_000_000_000  # how long the arm waits after a driver takes goals again: these may still be aborted
 REPLACED_NS = 3_000_000_000  # after the last chunk of the first policy, the second one is the only one
 JUMP_TOLERANCE = 0.05  # rad or m: noise, and joint states that were late
 JUMP_FACTOR = 2.0  # times the velocity limit: faster than that, a joint state is not motion
@@ -97,9 +98,8 @@ class _Source:
 class Watch:
     """robot: whose joints and cameras. deadman: one is asked for. estop_required, camera_timeout_s: see CommandCore.
 
-    joints: stamp, positions float64[D] and velocities or None of this robot's joints, the newest of each topic and the
-    oldest of their stamps; None when one of them is not usable. subscriptions: the topics. ending: the shell is about to fall silent. acted: what held the arm
-    when it was last acted upon.
+    subscriptions: the topics of joint states. ending: the shell is about to fall silent. acted: what held the arm when
+    it was last acted upon.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Watch:
         self._spoke_ns = 0  # steady time of that chunk
         self._told_ns = 0  # stamp of the last heartbeat
         self._stranger_ns: int | None = None  # when the last chunk of a second policy came
+        self._refusals: dict[str, tuple[str, int | None]] = {}  # by action: why, and since when it is over
         self.acted = Reason.NONE
-        self.joints: tuple[int, np.ndarray, np.ndarray | None] | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -152,17 +152,17 @@ class Watch:
         for source in self._sources.values():
             if source.newest is not None:
                 source.newest = (source.newest[0] + by_ns, *source.newest[1:])
-        self.joints = self._merged()
         self._event = Reason.CLOCK
 
     # ---- joint states ----
     def on_joints(self, topic: str, message: JointState) -> None:
-        """Into `joints`."""
-        reason = self._sources[topic].take(message)
-        self._event = reason or self._event
-        self.joints = self._merged()
+        """A message of one of `subscriptions`."""
+        self._event = self._sources[topic].take(message) or self._event
 
-    def _merged(self) -> tuple[int, np.ndarray, np.ndarray | None] | None:
+    @property
+    def joints(self) -> tuple[int, np.ndarray, np.ndarray | None] | None:
+        """Stamp, positions float64[D] and velocities, or None for these, in the robot's order: the newest of each topic
+        and the oldest of their stamps. None while one of them is not usable."""
         known = [(source.reader, source.newest) for source in self._sources.values() if source.newest is not None]
         if len(known) < len(self._sources):
             return None
@@ -217,8 +217,19 @@ class Watch:
             if known is not None and picture == known.picture:
                 self._cameras[name] = replace(known, stamp_ns=stamp_ns, told=told)
             else:
-                joints = None if self.joints is None else self.joints[1]
-                self._cameras[name] = _Camera(stamp_ns, picture, stamp_ns, joints, told)
+                joints = self.joints
+                self._cameras[name] = _Camera(stamp_ns, picture, stamp_ns, joints and joints[1], told)
+
+    # ---- driver ----
+    def driver(self, action: str, refusal: str, now: Now) -> None:
+        """Goals for the arm are refused or aborted, or nobody is there to take them; "": they are taken again."""
+        if refusal:
+            self._refusals[action] = refusal, None
+        elif action in self._refusals:
+            self._refusals[action] = self._refusals[action][0], now.steady_ns
+
+    def _refused(self, now: Now) -> list[str]:
+        return [why for why, over in self._refusals.values() if over is None or now.steady_ns - over < DRIVER_NS]
 
     # ---- answers ----
     def doubt(self, now: Now) -> Reason:
@@ -233,6 +244,8 @@ class Watch:
             return Reason.SECOND_POLICY
         if self._event:
             return self._event
+        if self._refused(now):
+            return Reason.DRIVER
         if (self.silence_ns(now) or 0) >= SILENCE_NS:
             return Reason.HEARTBEAT
         if any(source.late(now) for source in self._sources.values()):
@@ -241,8 +254,10 @@ class Watch:
 
     def next_ns(self, now: Now) -> int:
         """Steady time at which the policy or the joint states will have been silent for too long; far off for never."""
-        ages_ns = [self.silence_ns(now), None if self.joints is None else now.stamp_ns - self.joints[0]]
-        left_ns = [SILENCE_NS - age for age in ages_ns if age is not None and age < SILENCE_NS]
+        ages_ns = [now.stamp_ns - s.newest[0] for s in self._sources.values() if s.newest is not None]
+        if (silence_ns := self.silence_ns(now)) is not None:
+            ages_ns.append(silence_ns)
+        left_ns = [SILENCE_NS - age for age in ages_ns if age < SILENCE_NS]
         return now.steady_ns + min(left_ns, default=NS_PER_S)
 
     def act(self, now: Now) -> Reason:
@@ -256,6 +271,8 @@ class Watch:
         out = {"joint_states": "; ".join(filter(None, joints))} if any(joints) else {}
         if running and (blind := self._blind(now)):
             out["camera"] = blind
+        if refused := self._refused(now):
+            out["driver"] = "; ".join(refused)
         if self._two_policies(now):
             out["policies"] = "chunks of a second policy: end one of them"
         if self._unheard:
@@ -276,9 +293,11 @@ class Watch:
             if age_ns > late_ns + (camera.period_ns or self._period_ns):
                 return f"camera {name}: its newest picture is {age_ns / 1e6:.0f} ms old"
             same_ns = camera.stamp_ns - camera.first_ns
-            if not camera.picture or same_ns < self._camera_timeout_ns or self.joints is None or camera.joints is None:
+            if not camera.picture or same_ns < self._camera_timeout_ns or camera.joints is None:
                 continue
-            travel = float(np.max(np.abs(self.joints[1] - camera.joints), initial=0.0))
+            if (joints := self.joints) is None:
+                continue
+            travel = float(np.max(np.abs(joints[1] - camera.joints), initial=0.0))
             if travel > FROZEN_TRAVEL:
                 return f"camera {name}: the same picture for {same_ns / 1e6:.0f} ms while a joint moved by {travel:.2f}"
         return ""

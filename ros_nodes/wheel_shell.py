@@ -46,7 +46,7 @@ class WheelShell:
         stats_path: Path | None = None,
     ):
         if actions := [name for name, _ in getattr(core, "actions", ())]:
-            remedy = "Actions need rclpy; without it send a trajectory to the controller's topic."
+            remedy = "Actions need rclpy; without it use kind: trajectory on the controller's topic."
             raise ConfigError(explain(f"outputs of {core.name}", "topics", f"actions {actions}", remedy))
         self.core, self.clock, self._distro, self._stats_path = core, GraphClock(use_sim_time), distro, stats_path
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -62,6 +62,7 @@ class WheelShell:
         self._publishers: dict[str, Publisher] = {
             e.topic: self._participant.publisher(e.topic, e.type_name, e.quality) for e in core.publications
         }
+        self._unheard = dict.fromkeys(getattr(core, "must_be_heard", ()), False)  # by topic: nobody listens
         endpoints = list(core.subscriptions)
         if use_sim_time and CLOCK.topic not in {e.topic for e in endpoints}:
             endpoints.append(CLOCK)
@@ -146,8 +147,18 @@ class WheelShell:
                     self._publishers[effect.topic].publish(encode(effect.message, self._distro))
                 except TransportError:
                     self._count("failed", effect.topic)
+                if effect.topic in self._unheard:
+                    self._look_for_readers(effect.topic)
             elif isinstance(effect, Job):  # there are no action clients here: a core with goals is not started
                 self._worker.put(effect)
+
+    def _look_for_readers(self, topic: str) -> None:
+        """Tell the core when they are gone, and with an empty reason when they are back, as of an action's server."""
+        unheard = not self._publishers[topic].readers
+        if unheard != self._unheard[topic]:
+            self._unheard[topic] = unheard
+            reason = f"{topic}: nobody listens; start the relay of docs/ros2.md" if unheard else ""
+            self._perform(self.core.on_reject(topic, reason, self.clock.now()))
 
     # ---- other threads ----
     def _receiver(self, topic: str) -> Any:
@@ -212,9 +223,6 @@ def run(core: NodeCore, options: argparse.Namespace) -> None:
     A job that hangs, or an end that takes longer than EXIT_LIMIT_S, ends the process with code 1. ConfigError for a
     core with goals for action servers.
     """
-    if goals := [name for name, _ in getattr(core, "actions", ())]:
-        remedy = "Actions need rclpy; without it use kind: trajectory on the controller's topic."
-        raise ConfigError(explain("outputs", "topics", f"actions {goals}", remedy))
     shell = WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats)
     shell.bounded_exit = True
     shell.run()

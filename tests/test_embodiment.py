@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla.embodiment import Camera, Embodiment, Joint, Output
+from vla.embodiment import Camera, Embodiment, Joint, JointSource, Output
 from vla.errors import ConfigError, EmbodimentMismatch, ObservationError
 from vla.resources import bundle_path, config_dir, embodiment_names, load_embodiment
 from vla.runtime.limits import JointLimits
@@ -111,6 +111,32 @@ def test_outputs_that_cannot_be_right_are_refused(outputs: tuple[Output, ...], m
         replace(SMALL, max_time_scale=0.5)
 
 
+SOURCES = (JointSource("/arm", ("joint1", "joint2"), ("j1", "j2")), JointSource("/hand", ("gripper",)))
+
+
+def test_joint_states_cover_every_joint_once() -> None:
+    robot = replace(SMALL, joint_states=SOURCES)
+    assert robot.joint_sources == SOURCES and Embodiment.from_dict(robot.to_dict()) == robot
+    assert SMALL.joint_sources == (JointSource("/joint_states"),) and "joint_states" not in SMALL.to_dict()
+    SMALL.require_same(robot, "a policy sees no topics")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (SOURCES[:1], r"joint_states: expected one source for every joint, got none for \['gripper'\]"),
+        ((*SOURCES, JointSource("/more", ("joint1",))), r"joint_states: .*two for \['joint1'\]"),
+        ((*SOURCES[:1], JointSource("/hand", ("griper",))), r"joint_states\[/hand\].joints: 'griper'.*'gripper'"),
+        ((JointSource("/arm", ("joint1", "joint2"), ("j1",)), SOURCES[1]), r"joint_states\[/arm\].names: expected 2"),
+        ((JointSource("/arm", ("joint1", "joint2"), ("j", "j")), SOURCES[1]), r"\[/arm\].names: expected each once"),
+        ((JointSource("/arm", ("joint1", "joint2")), JointSource("/arm", ("gripper",))), "every topic once"),
+    ],
+)
+def test_joint_states_that_cannot_be_right_are_refused(sources: tuple[JointSource, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, joint_states=sources)
+
+
 def test_velocities_are_sent_to_a_driver_that_stops_by_itself() -> None:
     assert replace(SMALL, outputs=(Output("/arm", "velocities", timeout_s=0.1),)).sinks[0].timeout_s == 0.1
 
@@ -135,6 +161,7 @@ def test_jerk_is_limited_for_all_joints_or_for_none() -> None:
         ({"action_units": ["m"]}, "action_units: expected 7 entries"),
         ({"cameras": [{"name": "agentview", "heigth": 128, "width": 128}]}, "Did you mean 'height'"),
         ({"cameras": [{"name": "agentview", "width": 128}]}, "height"),
+        ({"joint_states": [{"topics": "/a"}]}, "Did you mean 'topic'"),
     ],
 )
 def test_wrong_files_are_refused_by_key(change: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ that differ are refused with every difference named: a wrong camera order or gri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -63,6 +63,16 @@ class Output:
 
 
 @dataclass(frozen=True)
+class JointSource:
+    """A topic of sensor_msgs/JointState. joints: which it tells; () for all. names: what its driver calls them, in this
+    order, where it differs."""
+
+    topic: str
+    joints: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Embodiment:
     """Everything that must agree between data, bundle, environment and robot.
 
@@ -74,9 +84,10 @@ class Embodiment:
     max_tool_speed_m_s: cartesian limit. cameras: in model order. robot_model: MJCF or URDF file, relative to the
     embodiment models folder, used for kinematics ("" when the control mode needs none). tool_site: the site of the
     model that actions move. home: joint positions of a safe start. command_topic: of one Float64MultiArray with all
-    joints; outputs: instead of it, where it takes several or another kind. urdf: file whose limits hold too, the
-    stricter of each. max_time_scale: a chunk that is too fast is slowed down as a whole up to this factor, and refused
-    beyond it; 1 leaves chunks as they are, for the Gate to limit tick by tick.
+    joints; outputs: instead of it, where it takes several or another kind. joint_states: where those do not come on
+    /joint_states, all joints by the names they have here. urdf: file whose limits hold too, the stricter of each.
+    max_time_scale: a chunk that is too fast is slowed down as a whole up to this factor, and refused beyond it; 1
+    leaves chunks as they are, for the Gate to limit tick by tick.
     """
 
     name: str
@@ -99,6 +110,7 @@ class Embodiment:
     home: tuple[float, ...] = ()
     command_topic: str = ""
     outputs: tuple[Output, ...] = ()
+    joint_states: tuple[JointSource, ...] = ()
     urdf: str = ""
     max_time_scale: float = 1.0
 
@@ -130,22 +142,14 @@ class Embodiment:
             raise ConfigError(
                 explain(f"{where}.max_time_scale", "1 or more", self.max_time_scale, "1 never slows a chunk down.")
             )
-        self._check_outputs(where)
+        self._check_outputs(f"{where}.outputs")
+        self._check_joint_states(f"{where}.joint_states")
 
     def _check_outputs(self, where: str) -> None:
-        names = [joint.name for joint in self.joints]
-        sent: list[str] = []
         for output in self.outputs:
-            key = f"{where}.outputs[{output.topic}]"
+            key = f"{where}[{output.topic}]"
             if output.kind not in OUTPUT_KINDS:
                 raise ConfigError(f"{key}.kind: {output.kind!r} is unknown. {nearest(output.kind, OUTPUT_KINDS)}")
-            for name in output.joints:
-                if name not in names:
-                    raise ConfigError(f"{key}.joints: {name!r} is no joint of {self.name}. {nearest(name, names)}")
-            if output.names and len(output.names) != len(output.joints):
-                raise ConfigError(
-                    explain(f"{key}.names", f"{len(output.joints)} names", len(output.names), "One per joint.")
-                )
             if output.kind == "velocities" and not output.timeout_s > 0:
                 raise ConfigError(
                     explain(
@@ -157,11 +161,37 @@ class Embodiment:
                 )
             if output.kind == "gripper_command" and len(output.joints) != 1:
                 raise ConfigError(explain(f"{key}.joints", "one joint", list(output.joints), "Name the gripper's."))
-            sent += output.joints or names
-        missing = [name for name in names if self.outputs and name not in sent]
-        if missing or len(sent) != len(set(sent)):
-            got = f"none for {missing}" if missing else f"two for {[n for n in names if sent.count(n) > 1]}"
-            raise ConfigError(explain(f"{where}.outputs", "one output for every joint", got, "Correct the joints."))
+        self._check_shares(where, "output", self.outputs)
+
+    def _check_joint_states(self, where: str) -> None:
+        topics = [source.topic for source in self.joint_states]
+        if len(topics) != len(set(topics)):
+            remedy = "Name a topic once, with all joints it tells."
+            raise ConfigError(explain(where, "every topic once", topics, remedy))
+        for source in self.joint_states:
+            if len(source.names) != len(set(source.names)):
+                remedy = "A driver has a name of its own for each joint."
+                raise ConfigError(explain(f"{where}[{source.topic}].names", "each once", list(source.names), remedy))
+        self._check_shares(where, "source", self.joint_states)
+
+    def _check_shares(self, where: str, noun: str, shares: Sequence[Output | JointSource]) -> None:
+        """Each joint is in one of them, each with a name of the driver's if there are any."""
+        names = [joint.name for joint in self.joints]
+        found: list[str] = []
+        for share in shares:
+            key = f"{where}[{share.topic}]"
+            for name in share.joints:
+                if name not in names:
+                    raise ConfigError(f"{key}.joints: {name!r} is no joint of {self.name}. {nearest(name, names)}")
+            if share.names and len(share.names) != len(share.joints):
+                raise ConfigError(
+                    explain(f"{key}.names", f"{len(share.joints)} names", len(share.names), "One per joint.")
+                )
+            found += share.joints or names
+        missing = [name for name in names if shares and name not in found]
+        if missing or len(found) != len(set(found)):
+            got = f"none for {missing}" if missing else f"two for {[n for n in names if found.count(n) > 1]}"
+            raise ConfigError(explain(where, f"one {noun} for every joint", got, "Correct the joints."))
 
     # ---- sizes and names ----
     @property
@@ -200,6 +230,11 @@ class Embodiment:
     def sinks(self) -> tuple[Output, ...]:
         """The outputs, or the one that `command_topic` stands for."""
         return self.outputs or (Output(self.command_topic or "/arm_controller/commands"),)
+
+    @property
+    def joint_sources(self) -> tuple[JointSource, ...]:
+        """`joint_states`, or the topic that it stands for."""
+        return self.joint_states or (JointSource("/joint_states"),)
 
     @property
     def state_is_joints(self) -> bool:
@@ -257,7 +292,7 @@ class Embodiment:
         it says nothing, so that a robot that needs none of it is written as ever."""
         data = asdict(self)
         data["control_mode"] = self.control_mode.value
-        for key, nothing in (("outputs", ()), ("urdf", ""), ("max_time_scale", 1.0)):
+        for key, nothing in (("outputs", ()), ("joint_states", ()), ("urdf", ""), ("max_time_scale", 1.0)):
             if data[key] == nothing:
                 del data[key]
         for joint in data["joints"]:
@@ -287,6 +322,7 @@ class Embodiment:
         values["cameras"] = tuple(_build(Camera, "camera", item) for item in values["cameras"])
         values["joints"] = tuple(_build(Joint, "joint", item) for item in values.get("joints", ()))
         values["outputs"] = tuple(_build(Output, "output", item) for item in values.get("outputs", ()))
+        values["joint_states"] = tuple(_build(JointSource, "joint_states", x) for x in values.get("joint_states", ()))
         for key in ("action_names", "action_units", "state_names"):
             values[key] = tuple(str(item) for item in values[key])
         for key in ("workspace_lower", "workspace_upper", "home"):

@@ -9,12 +9,12 @@ import numpy as np
 
 from ros_nodes import messages as m
 from ros_nodes.command_node import CommandCore, build_core
+from ros_nodes.joints import JointTopic, joint_topics
 from ros_nodes.node import (
     CHUNK,
     CONTROL_STATUS,
     DIAGNOSTICS,
     HEARTBEAT,
-    JOINT_STATES,
     PICTURE_KEY,
     REQUEST,
     SIM_STATUS,
@@ -53,8 +53,11 @@ class Driver:
         self.number = 0
         self.pending: list[tuple[int, Request]] = []
         self.lose = self.lose_chunks = 0  # so many of the next requests, or answers, are lost
-        self.names = robot.command_names
+        self.topics = joint_topics(robot)
+        self.names = tuple(name for topic in self.topics for name in topic.names)  # as the drivers say them
+        self.silent: set[str] = set()  # topics of joint states
         self.offset = np.zeros(len(self.names))  # of the measured positions
+        self.follows = True  # False: the arm stands, whatever it is told
 
     def now(self) -> Now:
         return Now(T0 + self.time_ns + self.jump_ns, self.time_ns, self.time_ns)
@@ -73,10 +76,18 @@ class Driver:
             elif effect.topic == REQUEST.topic and self.policy_alive:
                 self.pending.append((self.time_ns + self.answer_after_ns, Request.read(effect.message)))
             elif effect.topic == self.robot.command_topic:
-                self.positions = effect.message.data.copy()
+                self.positions = self.moved(effect.message.data)
             elif isinstance(effect.message, m.Trajectory):
-                for name, value in zip(effect.message.names, effect.message.positions[0]):
+                joints = next(sink.joints for sink in self.robot.sinks if sink.topic == effect.topic)
+                for name, value in zip(joints, effect.message.positions[0]):
                     self.positions[self.robot.command_names.index(name)] = value
+
+    def moved(self, values: np.ndarray) -> np.ndarray:
+        """Where a command brings the arm."""
+        if not self.follows:
+            return self.positions
+        velocities = self.robot.outputs and self.robot.outputs[0].kind == "velocities"
+        return self.positions + values * self.robot.period_s if velocities else values.copy()
 
     def give(self, topic: str, message: m.Message) -> None:
         self.perform(self.core.on_message(topic, message, self.now()))
@@ -104,11 +115,9 @@ class Driver:
         for _ in range(milliseconds):
             self.time_ns += MS
             if self.joints_alive and self.time_ns % (10 * MS) == 0:
-                stamp = T0 + self.time_ns + self.jump_ns
-                self.give(
-                    JOINT_STATES.topic,
-                    m.JointState(stamp, self.names, self.positions + self.offset, np.zeros(len(self.names))),
-                )
+                for topic in self.topics:
+                    if topic.topic not in self.silent:
+                        self.give(topic.topic, self.joints(topic))
             if self.policy_alive and self.time_ns % PERIOD == 7 * MS:
                 queue = {"queue": str(int(bool(self.pending)))}
                 self.give(HEARTBEAT.topic, m.Status(m.OK, "policy", "ready", queue | self.pictures()))
@@ -116,6 +125,10 @@ class Driver:
                 self.chunk(self.pending.pop(0)[1])
             if self.time_ns >= self.core.next_tick_ns:
                 self.perform(self.core.tick(self.now()))
+
+    def joints(self, topic: JointTopic) -> m.JointState:
+        names, positions = tuple(self.names[i] for i in topic.places), (self.positions + self.offset)[topic.places]
+        return m.JointState(T0 + self.time_ns + self.jump_ns, names, positions, np.zeros(len(names)))
 
     def pictures(self) -> dict[str, str]:
         """What the policy says of its cameras; they take a picture at the start of each control period."""

@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ros_nodes import settings
 from ros_nodes.graph import free_domain
-from ros_nodes.messages import Message, decode, encode
+from ros_nodes.joints import joint_topics
+from ros_nodes.messages import JointState, Message, decode, encode
 from ros_nodes.node import Endpoint
 from ros_nodes.wire import Participant
+from vla.embodiment import Embodiment
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_RCLPY = importlib.util.find_spec("rclpy") is not None
@@ -133,6 +136,27 @@ class Graph:
             process.kill()
             process.communicate()
         self.operator.close()
+
+
+@contextmanager
+def drivers(found: Graph, robot: Embodiment) -> Iterator[set[str]]:
+    """Joint states of a robot that rests at home, 100 times a second; topics in the set are silent."""
+    silent, ended, home = set[str](), threading.Event(), np.array(robot.home)
+    told = [(topic, found.publisher(topic.endpoint)) for topic in joint_topics(robot)]
+
+    def run() -> None:
+        while not ended.wait(0.01):
+            for topic, publisher in told:
+                if topic.topic not in silent:
+                    publisher.publish(encode(JointState(time.time_ns(), topic.names, home[topic.places])))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield silent
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager

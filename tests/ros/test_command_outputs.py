@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from shells import drivers, graph
 
 from ros_nodes import messages as m
 from ros_nodes.command_node import CommandCore
-from ros_nodes.node import (
-    CONTROL,
-    REQUEST,
-)
+from ros_nodes.node import CONTROL, DIAGNOSTICS, REQUEST, SIM_STATUS, Endpoint
 from ros_nodes.request import Request
+from ros_nodes.wire import Participant
 from tests.ros.driver import MS, PERIOD, ROBOT, Driver
 from vla.embodiment import Embodiment, Output
 from vla.errors import ConfigError
 from vla.resources import load_embodiment
 from vla.runtime.gate import Reason
 
+PANDA = load_embodiment("panda")
 ARM = tuple(name for name in ROBOT.command_names if name != "gripper")
 TOPIC = "/arm_controller/joint_trajectory"
 
@@ -78,6 +79,48 @@ def test_the_same_trajectory_as_a_goal_for_the_action() -> None:
     assert all(endpoint.topic != name for endpoint in driver.core.publications)
 
 
+def test_a_driver_that_does_not_follow_stops_the_arm_until_it_does_again() -> None:
+    name, hand = "/arm_controller/follow_joint_trajectory", "/hand/gripper_action"
+    robot = with_outputs(Output(name, "follow_joint_trajectory", ARM), Output(hand, "gripper_command", ("gripper",)))
+    driver = Driver(robot=robot)
+
+    def says(action: str, reason: str) -> None:
+        driver.perform(driver.core.on_reject(action, reason, driver.now()))
+
+    driver.run(50)
+    driver.begin()
+    for _ in range(1000):  # an arm that follows its goals
+        driver.run(1)
+        driver.positions = driver.core._loop.gate.command
+    assert driver.status_now()["verdict"] in ("pass", "reshape")
+    says(hand, f"{hand}: the controller aborted the goal (stalled at 0.01)")
+    driver.run(250)
+    assert driver.status_now()["verdict"] in ("pass", "reshape"), "a hand that holds something is no reason to stop"
+    assert "stalled" in driver.diagnosis().message and driver.diagnosis().level == m.WARN
+    count = len(driver.goals)
+    says(name, f"{name}: the controller aborted the goal (path tolerance violated)")
+    assert len(driver.goals) == count, "first goes out what is being sent"
+    driver.run(1)
+    assert driver.status_now()["verdict"] == "stop" and driver.status_now()["reason"] == Reason.DRIVER.text
+    assert [g.action for g in driver.goals[count:]] == [name], "a brake between control periods"
+    driver.run(300)
+    assert driver.diagnosis().level == m.ERROR and "path tolerance violated" in driver.diagnosis().message
+    held = [goal for goal in driver.goals[count:] if goal.action == name]
+    assert len(held) >= 6, "goals that hold ask whether the driver is there again"
+    np.testing.assert_allclose(held[-1].goal.positions[-1], held[-1].goal.positions[0])
+    driver.run(1000)
+    assert driver.status_now()["verdict"] == "stop", "nobody said that goals are taken"
+    says(name, f"{name}: no action server")
+    driver.run(1000)
+    says(name, "")
+    driver.run(900)
+    assert driver.status_now()["reason"] == Reason.DRIVER.text, "a goal that was taken may still be aborted"
+    for _ in range(600):
+        driver.run(1)
+        driver.positions = driver.core._loop.gate.command
+    assert driver.status_now()["verdict"] in ("pass", "reshape") and "server" not in driver.diagnosis().message
+
+
 def test_velocities_are_zero_once_the_arm_is_stopped() -> None:
     names = tuple(f"drive_{name}" for name in ROBOT.command_names)
     driver = Driver(robot=with_outputs(Output("/velocity", "velocities", ROBOT.command_names, names, timeout_s=0.1)))
@@ -93,11 +136,53 @@ def test_velocities_are_zero_once_the_arm_is_stopped() -> None:
     assert not np.any([s.message.data for _, s in driver.sent if s.topic == "/velocity"][-1])
 
 
-def test_actions_need_a_shell_that_has_them() -> None:
+def test_without_action_clients_the_grippers_goal_is_on_its_twin_with_every_command() -> None:
+    twin = "/panda_gripper/gripper_action/commands"
+    driver = Driver(robot=PANDA, actions=False)
+    assert driver.core.must_be_heard == (twin,) and not driver.core.actions
+    assert {e.topic: e.type_name for e in driver.core.publications}[twin] == m.Values.type_name
+    driver.run(50)
+    driver.begin()
+    driver.run(1000)
+    assert not driver.goals
+    arm = [at for at, s in driver.sent if s.topic == "/panda_arm_controller/joint_trajectory"]
+    hand = [(at, s.message.data.tolist()) for at, s in driver.sent if s.topic == twin]
+    assert [at for at, _ in hand] == arm, "whoever comes late, or comes back, is told"
+    assert [value for _, (value,) in hand] == pytest.approx([0.04] * len(hand))
+    driver.give(SIM_STATUS.topic, m.Text.of(state="done", episode=0, success=True, steps=20))
+    at = driver.time_ns
+    driver.run(300)
+    assert not [1 for sent, s in driver.sent if s.topic == twin and sent > at], "nothing after the episode"
+
+
+def test_a_hand_that_nobody_relays_is_said_by_the_wheel() -> None:
+    twin = Endpoint("/panda_gripper/gripper_action/commands", m.Values.type_name)
+
+    def said(words: str) -> Callable[[m.Diagnostics], bool]:
+        return lambda message: words == message.statuses[0].values.get(twin.topic, "")
+
+    with graph("wheel") as found, Participant("relay", domain=found.domain) as relay:
+        found.listen(DIAGNOSTICS)
+        with drivers(found, PANDA):
+            found.operator.start()
+            process = found.start("command", embodiment="panda")
+            found.say(CONTROL, m.Text.of(op="go", episode=1, seed=1))
+            found.hear(DIAGNOSTICS.topic, said(f"{twin.topic}: nobody listens; start the relay of docs/ros2.md"))
+            goals: list[bytes] = []
+            relay.subscribe(twin.topic, twin.type_name, twin.quality, lambda data, _: goals.append(data))
+            relay.start()
+            found.wait(lambda: bool(goals), "a goal")
+            found.heard[DIAGNOSTICS.topic].clear()
+            found.hear(DIAGNOSTICS.topic, said(""))
+        assert m.decode(twin.type_name, goals[-1]).data.tolist() == [pytest.approx(0.04)]
+        assert found.end(process)[0] == 0
+
+
+def test_trajectory_goals_need_a_shell_that_has_actions() -> None:
     from ros_nodes.command_node import main
 
-    with pytest.raises(ConfigError, match="need rclpy"):
-        main(["--embodiment", "panda"])
+    with pytest.raises(ConfigError, match=r"need rclpy.*kind: trajectory"):
+        main(["--embodiment", "tabletop", "--output", "follow_joint_trajectory", "--output-topic", "/arm"])
 
 
 def test_the_output_can_be_chosen_on_the_command_line() -> None:
@@ -105,7 +190,9 @@ def test_the_output_can_be_chosen_on_the_command_line() -> None:
     from ros_nodes.command_node import build
 
     def made(**values: Any) -> CommandCore:
-        return build(settings.options(settings.COMMAND, values))
+        options = settings.options(settings.COMMAND, values)
+        options.actions = True
+        return build(options)
 
     core = made(embodiment="panda", output="positions", output_topic="/position/commands")
     assert core.publications[0].topic == "/position/commands" and not core.actions

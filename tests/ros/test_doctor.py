@@ -20,6 +20,7 @@ from ros_nodes.command_node import build_core
 from ros_nodes.doctor import DOUBT, OK, WRONG, Finding, Live, Topic, check, check_content
 from ros_nodes.graph import free_domain
 from ros_nodes.messages import CompressedImage, Image, JointState, Message, Values, encode
+from ros_nodes.names import Names
 from ros_nodes.node import JOINT_STATES, STATE, STATE_VECTOR, Now, pictures_of
 from ros_nodes.policy_node import PolicyCore
 from ros_nodes.recorder_node import robot_topics
@@ -28,6 +29,7 @@ from sim.environment import make
 from vla.cli import main
 from vla.data.content import DataContent, StateRange
 from vla.embodiment import Embodiment
+from vla.errors import ConfigError
 from vla.resources import load_embodiment
 
 PANDA = load_embodiment("panda")
@@ -197,17 +199,49 @@ def test_content_without_a_print_and_with_a_state_that_was_never_seen() -> None:
     assert none.state == DOUBT and "vla calibrate content" in none.remedy
 
 
-class Publishers:
-    """A small robot on the wheel, until `stop`."""
+def test_on_the_wheel_the_hands_twin_must_be_listened_to() -> None:
+    graph, twin = Graph(), "/panda_gripper/gripper_action/commands"
+    graph.topics[twin] = Topic()
+    found = {f.name: f for f in check(graph.live(), graph.topics, actions=False)}
+    assert found[f"commands {twin}"].got == "nobody listens" and wrong(found) == [f"commands {twin}"]
+    assert not [name for name in found if name.startswith("action ")]
 
-    def __init__(self, domain: int, swap: bool = False, swing: float = 0.0):
-        self.robot, self.stop = load_embodiment("tabletop"), threading.Event()
+
+def test_names_follow_a_nodes_namespace_and_remappings() -> None:
+    plain, left = Names(), Names.of("left", ["joint_states:=/arm/joints", "/left/vla/chunk:=chunk", "/a:=/b"])
+    assert [plain(topic) for topic in ("/a", "/vla/chunk", "/clock")] == ["/a", "/vla/chunk", "/clock"]
+    assert left("/joint_states") == "/arm/joints" and left("/vla/chunk") == "/left/chunk" and left("/a") == "/left/a"
+    assert left("/clock") == "/clock" and left("/diagnostics") == "/diagnostics", "those of the whole graph"
+    assert Names.of("/two/arms", [])("/a") == "/two/arms/a" and Names.of("", ["/a:=/b"])("/a") == "/b"
+    for namespace, rule in (("", "/a=/b"), ("", "/a:="), ("a b", "/a:=/b"), ("", "/a:=/b c")):
+        with pytest.raises(ConfigError, match="--namespace" if " " in namespace else "--remap"):
+            Names.of(namespace, [rule])
+
+
+def test_findings_have_the_names_of_the_graph() -> None:
+    names, graph = Names.of("left", [f"{WRIST.lstrip('/')}:=/eye"]), Graph()
+    there = {names(topic): seen for topic, seen in graph.topics.items()}
+    found = {f.name: f for f in check(graph.live(), there, names=names)}
+    assert not wrong(found) and "on /eye" in found["camera wrist"].expected
+    assert "commands /left/panda_arm_controller/joint_trajectory" in found
+    assert "action /left/panda_gripper/gripper_action" in found
+    silent = check(Live(ROBOT), graph.topics, names=names)
+    assert {f.got for f in silent if f.name == "joint states"} == {"no publisher"}
+    assert "Did you mean '/joint_states'" in next(f.remedy for f in silent if f.name == "joint states")
+
+
+class Publishers:
+    """A small robot on the wheel, until `stop`. names: of its topics."""
+
+    def __init__(self, domain: int, swap: bool = False, swing: float = 0.0, names: Names | None = None):
+        names = names or Names()
+        self.robot, self.stop, self.speaks = load_embodiment("tabletop"), threading.Event(), threading.Event()
         self.participant = Participant("robot", domain=domain)
         self._swap, self._swing = swap, swing
         cameras = [pictures_of(camera.topic) for camera in self.robot.cameras]
-        self._pictures = [self.participant.publisher(e.topic, e.type_name, e.quality) for e in cameras]
-        self._states = self.participant.publisher("/joint_states", JointState.type_name)
-        self.participant.subscribe(self.robot.command_topic, Values.type_name, STATE, self._hear)
+        self._pictures = [self.participant.publisher(names(e.topic), e.type_name, e.quality) for e in cameras]
+        self._states = self.participant.publisher(names("/joint_states"), JointState.type_name)
+        self.participant.subscribe(names(self.robot.command_topic), Values.type_name, STATE, self._hear)
         self.heard = 0
         self.participant.start()
         self.thread = threading.Thread(target=self._run)
@@ -228,6 +262,7 @@ class Publishers:
             self._states.publish(encode(JointState(stamp, self.robot.command_names, joints)))
             for publisher, picture in zip(self._pictures, pictures[::-1] if self._swap else pictures):
                 publisher.publish(encode(Image(stamp, "", "rgb8", np.ascontiguousarray(picture))))
+            self.speaks.set()
             self.stop.wait(0.02)
 
     def close(self) -> None:
@@ -245,6 +280,7 @@ def run(
     domain = free_domain()
     publishers = Publishers(domain, **robot)
     try:
+        assert publishers.speaks.wait(60)
         code = main.main(["doctor", "--robot", "tabletop", "--json", "--shell", shell, "--domain", str(domain), *words])
     finally:
         publishers.close()
@@ -273,6 +309,17 @@ def test_a_live_graph(shell: str, swap: bool, capsys: pytest.CaptureFixture[str]
     assert code == 1 if swap else code in (0, 1)  # a busy machine may be late
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_graph_in_a_namespace(shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    rule = "joint_states:=/arm/joints"
+    words = ["--live", "--seconds", "4", "--namespace", "left", "-r", rule]
+    _, found = run(shell, capsys, monkeypatch, words, names=Names.of("left", [rule]))
+    assert "joint names" in found, found
+    assert found["joint names"]["state"] == found["camera wrist pictures"]["state"] == OK
+    assert "on /arm/joints" in found["joint states"]["expected"] and found["joint states"]["state"] == OK
+    assert found["commands /left/joint_commands"]["got"] == "it listens"
+
+
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--live"], "--robot"),
@@ -280,6 +327,7 @@ def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
         (["--robot", "panda", "--shadow"], "--policy"),
         (["--robot", "pandaa", "--live"], "Did you mean 'panda'"),
         (["--robot", "panda", "--live", "--seconds", "0"], "--seconds"),
+        (["--robot", "panda", "--live", "-r", "joint_states=/x"], "FROM:=TO"),
     ):
         assert main.main(["doctor", *words]) == 2
         assert message in capsys.readouterr().err

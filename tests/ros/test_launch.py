@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -95,7 +96,6 @@ def test_a_launch_file_starts_its_nodes(path: Path) -> None:
         assert node["arguments"] == ["-m", "ros_nodes.rclpy_shell", part] and node["executable"] == sys.executable
         assert node["namespace"] == "left" and node["ros_arguments"] == ["--log-level", "debug"]
         assert node["parameters"][0] == str(ROOT / "launch" / "params" / f"{part}.yaml")
-        assert node["parameters"][-1]["autostart"] is True
         assert str(ROOT) in node["additional_env"]["PYTHONPATH"].split(os.pathsep)
 
 
@@ -106,11 +106,14 @@ def test_only_arguments_that_were_given_become_parameters(tmp_path: Path) -> Non
     path = ROOT / "launch" / "robot.launch.py"
     given = {"decoder": "jacobi window=4", "sequential": "true", "lead": "3", "use_sim_time": "true"}
     policy, command = started(path, bundle="b", robot="r", params_file=str(mine), **given)
-    common = {"autostart": True, "use_sim_time": True}
     assert policy["parameters"][1:] == [
-        str(mine), {"policy": "b", "embodiment": "r", "decoder": "jacobi window=4", **common},
+        str(mine), {"policy": "b", "embodiment": "r", "decoder": "jacobi window=4", "use_sim_time": True},
     ]  # fmt: skip
-    assert command["parameters"][2] == {"embodiment": "r", "sequential": True, "lead": 3, **common}
+    assert command["parameters"][2] == {"embodiment": "r", "sequential": True, "lead": 3, "use_sim_time": True}
+    policy, _ = started(path, bundle="b", robot="r", autostart="false")
+    assert policy["parameters"][1:] == [{"policy": "b", "embodiment": "r", "autostart": False}]
+    (sim,) = started(ROOT / "launch" / "sim.launch.py")
+    assert len(sim["parameters"]) == 1, "nothing was given"
 
 
 @pytest.mark.usefixtures("launch_modules")
@@ -152,6 +155,60 @@ def test_a_parameter_file_with_a_slip_is_refused(tmp_path: Path) -> None:
         "vla_command:\n  ros__parameters:\n    lead: 7\n/**/vla_policy:\n  ros__parameters:\n    slop: 0.3\n"
     )
     assert launching.read_params(path, "policy") == {"slop": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("key", "namespace", "applies"),
+    [
+        ("vla_policy", "", True),
+        ("vla_policy", "left", False),
+        ("/left/vla_policy", "left", True),
+        ("/left/vla_policy", "/left", True),
+        ("/left/vla_policy", "right", False),
+        ("/left/**", "left", True),
+        ("/left/**", "right", None),
+        ("/*/vla_policy", "left", True),
+        ("/*/vla_policy", "a/b", False),
+        ("/**/vla_policy", "a/b", True),
+        ("left:\n vla_policy", "left", True),
+        ("vla_policy_2", "", None),
+    ],
+)
+def test_keys_of_a_parameter_file_are_read_as_ros_does(
+    key: str, namespace: str, applies: bool | None, tmp_path: Path
+) -> None:
+    """None: another node's business, whatever it says."""
+    path = tmp_path / "p.yaml"
+    path.write_text(f"{key}:\n  ros__parameters:\n    slop: 0.3\n")
+    assert launching.read_params(path, "policy", namespace) == ({"slop": 0.3} if applies else {})
+    path.write_text(f"{key}:\n  ros__parameters:\n    slopp: 0.3\n")
+    if applies is None:
+        assert not launching.read_params(path, "policy", namespace)
+    else:  # a slip is one, in the other arm's part too
+        with pytest.raises(ConfigError, match="no parameter 'slopp'"):
+            launching.read_params(path, "policy", namespace)
+
+
+def test_what_a_parameter_file_says_to_a_shell_reaches_the_wheel_or_is_refused(tmp_path: Path) -> None:
+    path, table = tmp_path / "p.yaml", launching.LAUNCHES["policy"]
+
+    def words(line: str, **given: str) -> list[str]:
+        path.write_text(f"/**:\n  ros__parameters:\n    {line}\n")
+        return launching.wheel_command(table, "policy", {"bundle": "b", "params_file": str(path), **given})
+
+    assert "--use-sim-time" in words("use_sim_time: true")
+    assert "--use-sim-time" not in words("use_sim_time: true", use_sim_time="false")
+    assert "--use-sim-time" in words("use_sim_time: false", use_sim_time="true")
+    assert words("stats: s.json")[-2:] == ["--stats", "s.json"] and words("autostart: true")
+    for line, name in {
+        "autostart: false": "autostart",
+        "qos_overrides./joint_states.subscription.depth: 9": "qos_overrides./joint_states.subscription.depth",
+        "qos_overrides: {/joint_states: {subscription: {depth: 9}}}": "qos_overrides",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{re.escape(name)}: expected ROS 2 .rclpy., got the DDS wheel"):
+            words(line)
+    with pytest.raises(ConfigError, match="use_sim_time: expected true or false"):
+        words("use_sim_time: 3")
 
 
 @pytest.mark.parametrize("node", settings.NODES)

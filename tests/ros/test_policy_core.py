@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from policies.ensembling_policy import EnsemblingPolicy
 from policies.hold import HoldPolicy
 from policies.reuse_policy import ReusePolicy
 from policies.vla_policy import VlaPolicy
+from ros_nodes import command_node, policy_node, settings
 from ros_nodes import messages as m
-from ros_nodes import policy_node
 from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
 from ros_nodes.policy_node import PolicyCore
 from ros_nodes.request import MAX_ID_CHARS, ChunkId, Request
+from ros_nodes.shadow import Shadow
 from tests.decoding.test_continuous import bundle_of
 from vla.data.transforms import resize
 from vla.decoding.autoregressive import AutoregressiveDecoder
-from vla.errors import ConfigError, TransportError
+from vla.errors import ConfigError, EmbodimentMismatch, TransportError
 from vla.models.heads import HeadConfig
 from vla.policy import DecodeReport, InferContext, InferResult
 from vla.resources import load_embodiment
@@ -243,6 +247,16 @@ def test_larger_pictures_in_the_cameras_proportion_reach_the_policy_averaged(siz
     assert driver.beat().level == m.OK
 
 
+@pytest.mark.parametrize("encoding", ["bgr8", "rgba8", "mono8"])
+def test_every_encoding_reaches_the_policy_as_rgb(encoding: str) -> None:
+    driver = Driver().ready()
+    pixels = np.random.default_rng(1).integers(0, 256, (128, 128, m.CHANNELS[encoding]), np.uint8)
+    driver.give(AGENT, m.decode(m.Image.type_name, bytes(m.encode(m.Image(T0, "cam", encoding, pixels)))))
+    driver.ask()
+    channels = {"bgr8": [2, 1, 0], "rgba8": [0, 1, 2], "mono8": [0, 0, 0]}[encoding]
+    assert np.array_equal(driver.policy.seen[0][0].images["agentview"], pixels[..., channels])
+
+
 def test_an_unsupported_encoding_is_named() -> None:
     driver = Driver().ready()
     driver.perform(driver.core.on_reject(AGENT, "image encoding '16UC1' is not supported.", driver.now()))
@@ -371,6 +385,41 @@ def test_a_reused_chunk_is_published_as_short_as_it_is_and_goes_on(ensembling: b
     ((place, reason),) = driver.core.summary()["reused"]
     assert place == 2 and reason.startswith("angle 0.0 deg")
     assert driver.beat().values["reused"] == "" and ChunkId.read(driver.chunks[2].frame_id).passes == 0
+
+
+def robot_file(path: Path, **changes: Any) -> str:
+    """The robot with other facts, as a file."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps({**ROBOT.to_dict(), **changes}))))
+    return str(path)
+
+
+def test_the_robots_file_says_where_its_sensors_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrected after the training: policy node, shadow and command node hear the same topics."""
+    monkeypatch.setattr(VlaPolicy, "warm_up", lambda self: None)
+    agent, wrist = ROBOT.to_dict()["cameras"]
+    cameras = [agent | {"height": 256, "width": 256}, wrist | {"topic": "/wrist/image"}]
+    first, *others = ROBOT.to_dict()["joints"]
+    sources = [{"topic": "/arm/joint_states"}]
+    path = robot_file(
+        tmp_path / "mine.yaml", cameras=cameras, joint_states=sources, joints=[first | {"upper": 0.5}, *others]
+    )
+
+    def built(**values: Any) -> PolicyCore:
+        return policy_node.build(settings.options(settings.POLICY, {"policy": "tabletop", **values}))
+
+    core = built(embodiment=path)
+    heard = {e.topic for e in core.subscriptions}
+    assert {AGENT, "/wrist/image", "/arm/joint_states"} < heard and not {WRIST, JOINT_STATES.topic} & heard
+    assert core.embodiment.joints[0].upper == 0.5
+    assert (core.embodiment.camera("agentview").height, core.embodiment.camera("agentview").width) == (128, 128)
+    shadow = Shadow(core, lambda job: None)
+    assert heard - {REQUEST.topic} <= {e.topic for e in shadow.subscriptions}
+    assert {"/arm/joint_states"} == {e.topic for e in command_node.build_core(shadow.robot)._watch.subscriptions}
+    assert {WRIST, JOINT_STATES.topic} < {e.topic for e in built().subscriptions}
+    for height, width in ((64, 64), (240, 320)):
+        small = robot_file(tmp_path / "s.yaml", cameras=[agent, wrist | {"height": height, "width": width}])
+        with pytest.raises(EmbodimentMismatch, match=f"camera wrist: {height}x{width} does not fit 128x128"):
+            built(embodiment=small)
 
 
 def test_the_node_runs_what_its_command_line_names(monkeypatch: pytest.MonkeyPatch) -> None:

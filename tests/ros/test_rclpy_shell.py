@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from ros_nodes.node import (
     Send,
 )
 from ros_nodes.request import ChunkId, Request
-from ros_nodes.settings import COMMAND, NodeKind
+from ros_nodes.settings import COMMAND, NODES, NodeKind
 from vla.resources import config_dir, load_embodiment
 from vla.types import ActionChunk
 
@@ -165,11 +166,53 @@ def test_parameters_are_described_checked_and_fixed_while_configured(found: Grap
     assert not ros.change("vla_command", "configure") and ros.state("vla_command") == "unconfigured"
     assert not put("lead", 5000)[0]
     assert put("embodiment", "tabletop")[0] and ros.change("vla_command", "configure")
-    fixed, reason = put("embodiment", "libero")
-    assert not fixed and "cleanup first" in reason
-    assert ros.change("vla_command", "cleanup") and put("lead", 3)[0]
+    for name, value in (("embodiment", "libero"), ("use_sim_time", True)):
+        fixed, reason = put(name, value)
+        assert not fixed and f"{name} is read at configure" in reason and "cleanup first" in reason
+    assert ros.change("vla_command", "cleanup") and put("lead", 3)[0] and put("use_sim_time", True)[0]
     code, errors = found.end(process)
     assert code == 0 and "'nowhere' is unknown" in errors
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_number_has_a_range_that_is_kept(ros: Ros, node: str) -> None:
+    from rclpy.parameter import Parameter
+
+    from ros_nodes.rclpy_shell import NodeShell
+
+    shell = NodeShell(NODES[node], context=ros.context)
+    try:
+        for setting in NODES[node].settings:
+            for beyond in (setting.low - 1, setting.high + 1) if setting.kind in ("int", "float") else ():
+                value = int(beyond) if setting.kind == "int" else float(beyond)
+                (answer,) = shell.set_parameters([Parameter(setting.name, value=value)])
+                assert not answer.successful and answer.reason, (setting.name, value)
+                assert shell.get_parameter(setting.name).value == setting.default
+    finally:
+        shell.destroy_node()
+
+
+def test_cleanup_frees_the_model(ros: Ros, found: Graph) -> None:
+    from rclpy.lifecycle import TransitionCallbackReturn
+    from rclpy.parameter import Parameter
+
+    from ros_nodes.rclpy_shell import NodeShell
+
+    given = [Parameter("policy", value="tabletop")]
+    shell = NodeShell(NODES["policy"], context=ros.context, parameter_overrides=given)
+    try:
+        for _ in range(2):
+            assert shell.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            assert shell.trigger_activate() == TransitionCallbackReturn.SUCCESS
+            model = weakref.ref(shell.core._policy.bundle.model)  # type: ignore[union-attr]
+            assert model() is not None and ros.node.count_publishers(HEARTBEAT.topic) == 1
+            assert shell.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+            assert model() is not None
+            assert shell.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+            assert model() is None and shell.core is None
+    finally:
+        shell.trigger_shutdown()
+        shell.destroy_node()
 
 
 def test_names_are_relative_and_qos_can_be_overridden(found: Graph, ros: Ros) -> None:
@@ -307,6 +350,31 @@ def test_an_instruction_is_executed_until_time_or_cancel(found: Graph, ros: Ros)
     assert code == 0 and errors.count("[WARN]") == 1 and "expected a sentence" in errors
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vla_interfaces") is None, reason="vla_interfaces is not built here")
+def test_two_instructions_at_once_are_one(ros: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rclpy
+    from rclpy.action import GoalResponse
+    from vla_interfaces.action import ExecuteInstruction
+
+    from ros_nodes import rclpy_actions
+
+    node = rclpy.create_node("server", context=ros.context)
+    server = rclpy_actions.InstructionServer(node, ExecuteInstruction, lambda topic, message: (False, "no"), None)
+    goal = ExecuteInstruction.Goal(instruction="push the red cube")
+    handle = types.SimpleNamespace(request=goal, abort=lambda: None)
+    try:
+        for _ in range(2):  # what ran is over: another one may
+            assert [server._on_goal(goal) for _ in range(2)] == [GoalResponse.ACCEPT, GoalResponse.REJECT]
+            with pytest.raises(StopIteration):
+                server._execute(handle).send(None)
+        assert server._on_goal(goal) == GoalResponse.ACCEPT  # it never begins: its client went away
+        monkeypatch.setattr(rclpy_actions, "_BEGIN_LIMIT_S", 0.0)
+        assert server._on_goal(goal) == GoalResponse.ACCEPT
+    finally:
+        server.destroy()
+        node.destroy_node()
+
+
 class Moving(Arm):
     """An arm that follows its commands, and a policy that moves it sideways, without pictures."""
 
@@ -366,7 +434,7 @@ def test_deactivated_in_motion_it_brakes_and_moves_again_only_when_told(found: G
 @pytest.mark.skipif(importlib.util.find_spec("control_msgs") is None, reason="control_msgs is not installed here")
 def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: Path) -> None:
     from control_msgs.action import FollowJointTrajectory
-    from rclpy.action import ActionServer
+    from rclpy.action import ActionServer, GoalResponse
     from rclpy.callback_groups import ReentrantCallbackGroup
 
     robot = yaml.safe_load((config_dir() / "embodiment" / "tabletop.yaml").read_text())
@@ -376,11 +444,22 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
     path = tmp_path / "robot.yaml"
     path.write_text(yaml.safe_dump(robot))
     goals: list[Any] = []
+    mood = "follows"
 
     def execute(handle: Any) -> Any:
         goals.append(handle.request.trajectory)
-        handle.succeed()
-        return FollowJointTrajectory.Result()
+        result = FollowJointTrajectory.Result()
+        if mood == "aborts":
+            result.error_code, result.error_string = FollowJointTrajectory.Result.PATH_TOLERANCE_VIOLATED, "joint1"
+        handle.succeed() if mood == "follows" else handle.abort()
+        return result
+
+    def says(words: str) -> Callable[[Any], bool]:
+        return lambda message: words in message.statuses[0].message
+
+    def hears_no_more(words: str) -> None:
+        found.heard[DIAGNOSTICS.topic].clear()
+        found.hear(DIAGNOSTICS.topic, lambda m: not says(words)(m))
 
     found.listen(CONTROL_STATUS)
     found.listen(DIAGNOSTICS)
@@ -390,19 +469,72 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
     found.hear(CONTROL_STATUS.topic)
     with Arm(found):
         found.say(CONTROL, Text.of(op="go", episode=1, seed=1))
-        found.hear(DIAGNOSTICS.topic, lambda m: "no action server" in m.statuses[0].message)
+        found.hear(DIAGNOSTICS.topic, says("no action server"))
         server = ActionServer(
             ros.node, FollowJointTrajectory, "/arm/follow_joint_trajectory", execute,
+            goal_callback=lambda _: GoalResponse.REJECT if mood == "refuses" else GoalResponse.ACCEPT,
             callback_group=ReentrantCallbackGroup(),
         )  # fmt: skip
         wait(lambda: len(goals) >= 5, "goals")
-        found.heard[DIAGNOSTICS.topic].clear()
-        found.hear(DIAGNOSTICS.topic, lambda m: "no action server" not in m.statuses[0].message)
+        hears_no_more("no action server")
+        mood = "aborts"
+        found.hear(DIAGNOSTICS.topic, says("aborted the goal (path tolerance violated, joint1)"))
+        mood = "refuses"
+        found.hear(DIAGNOSTICS.topic, says("refused the goal"))
+        mood = "follows"
+        hears_no_more("the goal")
     names = tuple(joint.name for joint in ROBOT.joints)
     for goal in goals:
         assert tuple(goal.joint_names) == names and not np.any(goal.points[-1].velocities)
     assert found.end(process) == (0, "")
     server.destroy()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("control_msgs") is None, reason="control_msgs is not installed here")
+def test_a_goal_that_ends_for_the_next_one_was_followed(ros: Ros) -> None:
+    """Some drivers call that an abort; what left its tolerances counts, even when a newer goal is on its way."""
+    import rclpy
+    from action_msgs.msg import GoalStatus
+
+    from ros_nodes.rclpy_actions import GoalClient
+
+    node = rclpy.create_node("client", context=ros.context)
+    client = GoalClient(node, "/arm/follow", "control_msgs/action/FollowJointTrajectory", None)
+    said: list[str] = []
+
+    def answered(number: int, accepted: bool = True) -> Any:
+        """What is heard of a goal; returns how it ends."""
+        client._sent = max(client._sent, number)
+        results: list[Any] = []
+        result = types.SimpleNamespace(add_done_callback=results.append)
+        handle = types.SimpleNamespace(accepted=accepted, get_result_async=lambda: result)
+        client._answered(lambda _, why: said.append(why), number, types.SimpleNamespace(result=lambda: handle))
+
+        def end(status: int, code: int = 0) -> None:
+            ended = types.SimpleNamespace(status=status, result=types.SimpleNamespace(error_code=code, error_string=""))
+            results[0](types.SimpleNamespace(result=lambda: ended))
+
+        return end
+
+    try:
+        first, second, third = answered(1), answered(2), answered(3)
+        first(GoalStatus.STATUS_CANCELED)
+        second(GoalStatus.STATUS_ABORTED, -1)
+        assert not said
+        third(GoalStatus.STATUS_ABORTED)
+        assert said == ["/arm/follow: the controller aborted the goal"]
+        answered(3)  # sent before that was known
+        assert len(said) == 1
+        fourth = answered(4)
+        assert said[1:] == [""]
+        answered(5)
+        fourth(GoalStatus.STATUS_ABORTED, -4)
+        assert said[2:] == ["/arm/follow: the controller aborted the goal (path tolerance violated)"]
+        answered(6, accepted=False)
+        assert "refused" in said[3]
+    finally:
+        client.destroy()
+        node.destroy_node()
 
 
 # ---- the executor ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -239,6 +240,49 @@ def test_a_signal_ends_a_node_cleanly(tmp_path: Path, number: signal.Signals) ->
     assert process.returncode == 0 and errors == b""
     assert json.loads(stats.read_text())["sent"]["/vla/status"] >= 1
     assert (tmp_path / "out" / "trace.mcap").exists()
+
+
+LOADING = """
+import sys, time, types
+from ros_nodes import entry, settings
+module = types.ModuleType("loading")
+class Load:
+    def run(self):
+        print("loading", flush=True)
+        time.sleep({seconds})
+    if {deaf}:
+        __del__ = run  # Python drops what is raised there
+def build(options):
+    load = Load()
+    if not {deaf}:
+        load.run()
+    del load
+    open("made", "w").close()
+module.build = build
+sys.modules["loading"] = module
+settings.NODES["loading"] = settings.NodeKind("loading", "loading", ())
+sys.exit(entry.run(lambda: entry.on_wheel("loading", [])))
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_node_loads_ends_it_cleanly(tmp_path: Path, number: signal.Signals, deaf: bool) -> None:
+    script = LOADING.format(deaf=deaf, seconds=1.5 if deaf else 30)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        time.sleep(0.05)
+        process.send_signal(number)  # from the terminal, and once more from launch
+        _, errors = process.communicate(timeout=25)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "KeyboardInterrupt" not in errors
+    assert deaf or (not errors and not (tmp_path / "made").exists())
 
 
 def test_periods_are_absolute_and_skipped_ones_counted() -> None:

@@ -115,7 +115,8 @@ def drive(gate: Gate, monitor, steps: list[dict], rng_noise: float = 0.01) -> No
                 assert stopped and decision.reason is not Reason.NONE
             if decision.verdict is Verdict.PASS and item["dt"] <= 2 * PERIOD_NS:
                 assert np.allclose(decision.values[:3], target[:3], atol=1e-8)
-            monitor.see(decision.values, now_ns, stopped)
+            # An arm that did not follow: after the brake, the command goes back to it, within all limits.
+            monitor.see(decision.values, now_ns, stopped and decision.reason is not Reason.TRACKING)
 
 
 def random_chunk(rng: np.random.Generator, gate: Gate, monitor, chunk: int, tool_box=None, near=0.0) -> None:

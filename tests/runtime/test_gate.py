@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gate_inputs
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from arms import JOINTS, arm
 from gate_inputs import START
 
 from vla.errors import ConfigError, ObservationError
-from vla.runtime.gate import Gate, Reason, Verdict, limit_tool
-from vla.runtime.limits import JointLimits, approach_speed, braked, velocity_bounds
+from vla.runtime.gate import Gate, Reason, Verdict
+from vla.runtime.limits import JointLimits, approach_speed, braked, limit_tool, velocity_bounds
 
 
 class Drive(gate_inputs.Drive):
@@ -298,3 +300,43 @@ def test_the_fastest_allowed_velocity_can_still_brake_before_the_limit_for_any_l
             v = braked(v, limits, dt)
             q = q + v * dt
         assert np.all(q >= limits.lower - 1e-12) and np.all(q <= limits.upper + 1e-12)
+
+
+@pytest.mark.parametrize("jerk", [False, True])
+@pytest.mark.parametrize("action_space", ["joint_position", "ee_delta"])
+def test_the_command_goes_back_to_an_arm_that_does_not_follow(action_space, jerk):
+    robot = arm(action_space)
+    if jerk:
+        robot = replace(robot, joints=tuple(replace(joint, max_jerk=200.0) for joint in robot.joints))
+    drive = Drive(robot)
+    way = np.array([0.02, 0, 0, 0])
+    decisions = [drive.step(drive.gate.command + way, positions=START) for _ in range(40)]
+    first = next(k for k, decision in enumerate(decisions) if decision.verdict is Verdict.STOP)
+    assert decisions[first].reason is Reason.TRACKING
+    # 0.4 rad/s: 0.2 rad beyond what was commanded 0.2 s ago, and a braking distance
+    furthest = max(decision.values[0] for decision in decisions) - START[0]
+    assert 0.2 < furthest < 0.2 + 0.4 * 0.25 + 0.06
+    for _ in range(60):
+        drive.step(drive.gate.command + way, positions=START)
+    np.testing.assert_allclose(drive.gate.command, START, atol=1e-6)
+    assert drive.gate.at_rest
+    decision = drive.step(drive.gate.command + way / 10, chunk=1, positions=START)
+    assert decision.verdict is not Verdict.STOP, "a newer chunk, of an arm that follows again"
+
+
+def test_an_arm_that_lags_is_no_fault():
+    drive, sent = Drive(arm("joint_position")), [START]
+    for k in range(30):
+        goal = START + np.array([0.0, 0.05, 0, 0]) * min(k, 10)  # up to 1 rad/s
+        decision = drive.step(goal, positions=sent[max(0, len(sent) - 4)])  # 0.2 s behind
+        assert decision.verdict is not Verdict.STOP
+        sent.append(decision.values)
+    assert np.max(np.abs(sent[8] - sent[5])) > 0.1
+
+
+def test_joint_states_that_are_wrong_are_followed_once_only():
+    drive = Drive(arm("joint_position"))
+    drive.step(START)
+    for _ in range(300):
+        decision = drive.step(START, positions=drive.gate.command + np.array([0.3, 0, 0, 0]))
+        assert decision.reason is Reason.TRACKING and decision.values[0] <= START[0] + 0.3 + 1e-9

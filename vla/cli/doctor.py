@@ -22,6 +22,7 @@ Exit code: 0 when everything the base install needs is found, or no check of the
 examples:
   vla doctor                                                      this machine
   vla doctor --robot panda --live                                 topics, types, rates, names, stamps, sizes
+  vla doctor --robot panda --live --namespace left                of nodes launched with namespace:=left
   vla doctor --robot panda --live --policy outputs/mine/bundle    and: do cameras and joints look as in training?
   vla doctor --robot panda --shadow --policy outputs/mine/bundle --seconds 60    while an operator drives"""
 FOUND, MISSING, BROKEN = "found", "missing", "broken"

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shell", choices=SHELLS, default="", help="default: rclpy where ROS is sourced, else the wheel"
     )
     group.add_argument("--use-sim-time", action="store_true", help="follow /clock instead of the wall clock")
+    group.add_argument("--namespace", default="", metavar="NAME", help="of the nodes, as `ros2 launch ... namespace:=`")
+    group.add_argument(
+        "-r", "--remap", action="append", default=[], metavar="FROM:=TO",
+        help="a topic that the nodes remap, as after --ros-args -r; repeatable",
+    )  # fmt: skip
     settings.add_arguments(parser, [s for s in settings.POLICY if s.name in _OF_POLICY])
     settings.add_arguments(parser, WHEEL_ONLY)
 
@@ -45,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """1 when a check failed."""
     from ros_nodes.doctor import WRONG
     from ros_nodes.listening import Place
+    from ros_nodes.names import Names
     from vla.resources import embodiment_names, load_embodiment
 
     if not args.robot:
@@ -61,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.domain and not args.domain.isdecimal():
         raise ConfigError(explain("--domain", "a number", repr(args.domain), "Give the ROS domain."))
     domain = int(args.domain) if args.domain else None
-    place = Place(args.shell, domain, args.network, args.distro, args.use_sim_time)
+    names = Names.of(args.namespace, args.remap)
+    place = Place(args.shell, domain, args.network, args.distro, args.use_sim_time, names)
     found = _shadow(args, place, seconds) if args.shadow else _live(args, robot, place, seconds)
     usable = all(finding.state != WRONG for finding in found)
     if args.json:
@@ -78,19 +85,20 @@ def _live(args: argparse.Namespace, robot: Embodiment, place: Place, seconds: fl
     found: list[Finding] = []
     content = None
     if args.policy:
+        from ros_nodes.policies import differences
         from vla.checkpoints.bundle import read_content, read_data
         from vla.embodiment import Embodiment
         from vla.resources import bundle_path
 
         path = bundle_path(args.policy)
-        unlike = robot.differences(Embodiment.from_dict(read_content(path)["embodiment"]))
+        unlike = differences(robot, Embodiment.from_dict(read_content(path)["embodiment"]))
         state, got = (WRONG, "; ".join(unlike)) if unlike else (OK, "the same")
         remedy = "Use a policy made for this robot." if unlike else ""
         found.append(Finding("policy", state, f"one made for {robot.name}", got, remedy))
         content = read_data(path)
     live = Live(robot, args.compressed)
     graph = listen(place, live.subscriptions, seconds, live)
-    found += check(live, graph, args.slop, args.max_age)
+    found += check(live, graph, args.slop, args.max_age, place.names, place.chosen == "rclpy")
     if args.policy and not any(f.name == "policy" and f.state == WRONG for f in found):
         found += check_content(live, content)
     return found

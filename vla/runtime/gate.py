@@ -3,13 +3,15 @@
 It fails closed: what it cannot judge (no joint state, no heartbeat, NaN, a stale stamp) is a stop. A stop is a brake
 at the acceleration limits followed by holding the last command; it is left only at rest, with healthy inputs and an
 action from a newer chunk than the one that was stopped. The reference of all limits is the Gate's own last command,
-not the noisy measurement; a measurement far from it is a fault. Robots that state jerk limits move under vla.runtime
-.jerk, the others under vla.runtime.limits.
+not the noisy measurement; a measurement far from it is a fault: the command brakes, and then goes back to where the arm
+is, so that one that was paused does not leap when it follows again. Robots that state jerk limits move under
+vla.runtime.jerk, the others under vla.runtime.limits.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from vla.runtime.reasons import Reason as Reason
 from vla.runtime.reasons import Verdict as Verdict
 from vla.types import NS_PER_S, ControlMode
 
+TRACKING_LAG_S = 0.2  # an arm may be where it was commanded so long ago
 MAX_PERIODS = 2.0  # a longer gap between ticks: the arm has come to rest at the last command, so velocity is zero
 
 
@@ -41,38 +44,6 @@ class Decision:
     values: np.ndarray
 
 
-def limit_tool(
-    action: np.ndarray, embodiment: Embodiment, period_s: float, tool: np.ndarray | None = None
-) -> tuple[np.ndarray, Reason]:
-    """The cartesian limits of an end-effector delta, before inverse kinematics; the reason if it had to change.
-
-    action: finite float[A]. Entries with unit m are translation, with unit rad rotation; both shrink by one common
-    factor to keep the tool speed limits, so that the tool stays on its screw motion. Then, with the tool point known
-    (tool, float[3] metres), the part of the translation that leaves the workspace box is cut off: the tool slides
-    along a wall instead of stopping at it. The gripper is left as it is.
-    """
-    if embodiment.action_space != "ee_delta":
-        return action, Reason.NONE
-    translation = np.array([unit == "m" for unit in embodiment.action_units])
-    rotation = np.array([unit == "rad" for unit in embodiment.action_units])
-    reason, factor = Reason.NONE, 1.0
-    for part, limit in ((translation, embodiment.max_tool_speed_m_s), (rotation, embodiment.max_tool_speed_rad_s)):
-        length = float(np.linalg.norm(action[part]))
-        if length > limit * period_s:
-            factor = min(factor, limit * period_s / length)
-    if factor < 1.0 - 1e-6:  # float32 actions at exactly the limit are within it
-        action, reason = np.where(translation | rotation, action * factor, action), Reason.TOOL_SPEED
-    if tool is not None and np.count_nonzero(translation) == 3:
-        # Outside the box, a wall is where the tool stands: only inward motion is left.
-        low, high = np.minimum(embodiment.workspace_lower, tool), np.maximum(embodiment.workspace_upper, tool)
-        moved = action[translation]
-        kept = np.minimum(np.maximum(moved, low - tool), high - tool)
-        if np.any(np.abs(kept - moved) > 1e-9):
-            action, reason = action.copy(), Reason.WORKSPACE
-            action[translation] = kept
-    return action, reason
-
-
 class Gate:
     """One gate per arm. `reset` before the first `step`.
 
@@ -80,7 +51,7 @@ class Gate:
     gripper: indices of gripper joints (by default those with "gripper" or "finger" in their name). They are limited
     like every joint, but apart from the arm: an opening gripper neither slows the arm nor counts as a reshape.
     Timeouts: age at which a joint state, a heartbeat or (max_action_age_s, default two periods) an action is a fault.
-    max_tracking_error: rad or m between measured and commanded arm joints.
+    max_tracking_error: rad or m between a measured arm joint and where it was commanded in the last TRACKING_LAG_S.
     slew_per_s: operational-space control only, change per second of the action values.
     carries_stop: every command is sent with the stop that follows it, so after a gap between ticks the arm stands where
     that stop has brought it, not at the last command. Jerk limits only.
@@ -95,7 +66,7 @@ class Gate:
         heartbeat_timeout_s: float = 0.15,
         joint_state_timeout_s: float = 0.15,
         max_action_age_s: float | None = None,
-        max_tracking_error: float = 0.5,
+        max_tracking_error: float = 0.2,
         slew_per_s: float = 20.0,
         carries_stop: bool = False,
     ) -> None:
@@ -128,6 +99,7 @@ class Gate:
         jerky = self._limits is not None and self._limits.jerk is not None
         self._motion = JerkMotion(self._limits, period_s) if jerky and self._limits is not None else None
         self._now_ns: int | None = None
+        self._sent: deque[tuple[int, np.ndarray]] = deque()  # (time, command) of the last TRACKING_LAG_S
         self._command = np.zeros(len(names))
         self._velocity = np.zeros(len(names))
         self._forget()
@@ -153,6 +125,8 @@ class Gate:
         self._first = True  # the first step after a reset has one whole period, even in the same instant
         self._latched = Reason.NONE
         self._latched_chunk = self._newest_chunk = -1
+        self._back_to: np.ndarray | None = None
+        self._sent.clear()
         self._last_target: np.ndarray | None = None
 
     def _checked(self, positions: np.ndarray) -> np.ndarray:
@@ -194,6 +168,7 @@ class Gate:
         """All times are further on by `by_ns` from here on: brake, as time has passed all the same."""
         if self._now_ns is not None:
             self._now_ns += by_ns
+            self._sent.clear()
             self._latch(Reason.CLOCK)
 
     # ---- one tick ----
@@ -220,10 +195,14 @@ class Gate:
         if now_ns < self._now_ns:
             # No elapsed time can be told, so nothing moves this tick; braking goes on from the next.
             self._now_ns = now_ns
+            self._sent.clear()
             self._latch(Reason.CLOCK)
             return Decision(Verdict.STOP, Reason.CLOCK, self._command.copy())
         self._newest_chunk = max(self._newest_chunk, chunk_number)
         dt = (now_ns - self._now_ns) / NS_PER_S
+        self._sent.append((self._now_ns, self._command))
+        while len(self._sent) > 1 and self._sent[1][0] <= now_ns - TRACKING_LAG_S * NS_PER_S:
+            self._sent.popleft()
         self._now_ns = now_ns
         if self._first or dt > MAX_PERIODS * self._period_s:
             if self._motion is not None and self._carries_stop and not self._first:
@@ -244,11 +223,14 @@ class Gate:
         elif self._latched:
             fresh = target is not None and chunk_number > self._latched_chunk
             if fresh and self.at_rest:
-                self._latched = Reason.NONE
+                self._latched, self._back_to = Reason.NONE, None
         reason = self._latched or found
         if reason or target is None:
             self._last_target = None
-            self._stop(dt)
+            if self._goes_back(found, positions) and self._back_to is not None:
+                self._follow_any(self._back_to, dt)
+            else:
+                self._stop(dt)
             return Decision(Verdict.STOP, reason or Reason.NO_ACTION, self._command.copy())
         reason = self._follow_any(target, dt)
         if reason is Reason.KINEMATICS:
@@ -275,9 +257,21 @@ class Gate:
         if not self._osc:
             if np.shape(positions) != self._command.shape:
                 return Reason.JOINT_STATE_INVALID
-            if np.max(np.abs(positions - self._command)[self._arm], initial=0.0) > self._max_tracking_error:
+            path = [self._command, *(command for _, command in self._sent)]
+            away = np.maximum(np.min(path, axis=0) - positions, positions - np.max(path, axis=0))
+            if np.max(away[self._arm], initial=0.0) > self._max_tracking_error:
                 return Reason.TRACKING
         return Reason.NONE
+
+    def _goes_back(self, found: Reason, positions: np.ndarray | None) -> bool:
+        """Nothing but an arm that did not follow holds the command, which goes to where that arm was found, once: with
+        joint states that are wrong, following them would never end."""
+        if self._latched is not Reason.TRACKING or found not in (Reason.NONE, Reason.TRACKING, *_UNLATCHED):
+            return False
+        stands = self.at_rest and all(np.array_equal(command, self._command) for _, command in self._sent)
+        if self._back_to is None and stands and found is Reason.TRACKING:
+            self._back_to = np.where(self._is_gripper, self._command, positions)
+        return self._back_to is not None
 
     def _action_fault(self, now_ns: int, target: np.ndarray | None, due_ns: int) -> Reason:
         if target is None:
@@ -365,7 +359,7 @@ class Gate:
             moving = np.where(self._is_gripper, 0.0, np.clip(speed, -self._limits.velocity, self._limits.velocity))
         lag = goal - self._command - moving * dt
         closing = np.sign(lag) * approach_speed(np.abs(lag), self._limits.acceleration, dt)
-        return np.where(self._absolute, moving + closing, wanted)
+        return np.where(self._absolute | (self._back_to is not None), moving + closing, wanted)
 
     def _what_limits(self, joint: int, desired: np.ndarray, dt: float) -> Reason:
         assert self._limits is not None
@@ -387,8 +381,9 @@ class Gate:
         if previous is not None:
             moving = np.clip((goal - previous) / dt, -limits.velocity, limits.velocity)
             met = np.abs(position - previous) <= 1e-9
-        moving = np.where(self._is_gripper, 0.0, np.where(self._absolute, moving, wanted / dt))
-        sample = motion.towards(Aim(goal, moving, self._absolute, met), dt)
+        absolute = self._absolute | (self._back_to is not None)
+        moving = np.where(self._is_gripper, 0.0, np.where(absolute, moving, wanted / dt))
+        sample = motion.towards(Aim(goal, moving, absolute, met), dt)
         # One factor for the arm, as in `scale_into`: a joint that moves the other way brakes and has no share in it.
         got = sample.position - position
         short = ~self._is_gripper & (np.abs(got - wanted) > 1e-9)

@@ -23,6 +23,7 @@ import numpy as np
 
 from vla.embodiment import Embodiment, Joint
 from vla.errors import ConfigError, explain, nearest
+from vla.runtime.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -187,3 +188,35 @@ def scale_into(desired: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[
         return velocity, worst
     deviating = np.flatnonzero(velocity != scaled)
     return velocity, int(deviating[0]) if len(deviating) else -1
+
+
+def limit_tool(
+    action: np.ndarray, embodiment: Embodiment, period_s: float, tool: np.ndarray | None = None
+) -> tuple[np.ndarray, Reason]:
+    """The cartesian limits of an end-effector delta, before inverse kinematics; the reason if it had to change.
+
+    action: finite float[A]. Entries with unit m are translation, with unit rad rotation; both shrink by one common
+    factor to keep the tool speed limits, so that the tool stays on its screw motion. Then, with the tool point known
+    (tool, float[3] metres), the part of the translation that leaves the workspace box is cut off: the tool slides
+    along a wall instead of stopping at it. The gripper is left as it is.
+    """
+    if embodiment.action_space != "ee_delta":
+        return action, Reason.NONE
+    translation = np.array([unit == "m" for unit in embodiment.action_units])
+    rotation = np.array([unit == "rad" for unit in embodiment.action_units])
+    reason, factor = Reason.NONE, 1.0
+    for part, limit in ((translation, embodiment.max_tool_speed_m_s), (rotation, embodiment.max_tool_speed_rad_s)):
+        length = float(np.linalg.norm(action[part]))
+        if length > limit * period_s:
+            factor = min(factor, limit * period_s / length)
+    if factor < 1.0 - 1e-6:  # float32 actions at exactly the limit are within it
+        action, reason = np.where(translation | rotation, action * factor, action), Reason.TOOL_SPEED
+    if tool is not None and np.count_nonzero(translation) == 3:
+        # Outside the box, a wall is where the tool stands: only inward motion is left.
+        low, high = np.minimum(embodiment.workspace_lower, tool), np.maximum(embodiment.workspace_upper, tool)
+        moved = action[translation]
+        kept = np.minimum(np.maximum(moved, low - tool), high - tool)
+        if np.any(np.abs(kept - moved) > 1e-9):
+            action, reason = action.copy(), Reason.WORKSPACE
+            action[translation] = kept
+    return action, reason

@@ -17,8 +17,8 @@ import numpy as np
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, explain
 from vla.policy import Policy, infer
-from vla.runtime.gate import Decision, Gate, Reason, Verdict, limit_tool
-from vla.runtime.limits import JointLimits, within_urdf
+from vla.runtime.gate import Decision, Gate, Reason, Verdict
+from vla.runtime.limits import JointLimits, limit_tool, within_urdf
 from vla.runtime.pace import factor_for, stretched, tool_factor
 from vla.runtime.scheduler import DueAction, OverlappedScheduler, SequentialScheduler
 from vla.runtime.trace import EpisodeRow, Trace
@@ -244,7 +244,10 @@ class ControlLoop:
 
 
 def control_loop(
-    embodiment: Embodiment, scheduler: SequentialScheduler | OverlappedScheduler, trace: Trace | None = None
+    embodiment: Embodiment,
+    scheduler: SequentialScheduler | OverlappedScheduler,
+    trace: Trace | None = None,
+    max_tracking_error: float = 0.2,
 ) -> ControlLoop:
     """The loop of this embodiment, with its kinematics and its gate: what the command node and every evaluation run."""
     if embodiment.control_mode is ControlMode.OSC_DELTA:
@@ -252,12 +255,14 @@ def control_loop(
     embodiment = within_urdf(embodiment)
     carries_stop = all("trajectory" in sink.kind for sink in embodiment.sinks if sink.kind != "gripper_command")
     if embodiment.action_space == "joint_position" and not embodiment.robot_model:
-        gate = Gate(embodiment, carries_stop=carries_stop)
+        gate = Gate(embodiment, carries_stop=carries_stop, max_tracking_error=max_tracking_error)
         return ControlLoop(embodiment, scheduler, gate, trace=trace)
     from vla.runtime.kinematics import Kinematics  # mujoco and mink load only where something has to be solved
 
     kinematics = Kinematics(embodiment)
-    gate = Gate(embodiment, tool_position=lambda q: kinematics.forward(q)[0], carries_stop=carries_stop)
+    gate = Gate(
+        embodiment, lambda q: kinematics.forward(q)[0], carries_stop=carries_stop, max_tracking_error=max_tracking_error
+    )
     return ControlLoop(embodiment, scheduler, gate, kinematics, trace)
 
 
