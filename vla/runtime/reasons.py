@@ -41,6 +41,7 @@ class Reason(IntEnum):
     CAMERA = 25
     SECOND_POLICY = 26
     JOINT_STATE_JUMP = 27
+    DRIVER = 28
 
     @property
     def text(self) -> str:
@@ -76,4 +77,5 @@ _TEXT = {
     Reason.CAMERA: "a camera is silent or its picture is frozen",
     Reason.SECOND_POLICY: "two policies publish chunks",
     Reason.JOINT_STATE_JUMP: "the joint states jumped",
+    Reason.DRIVER: "the driver does not follow: it refused or aborted a goal, or is not there",
 }
