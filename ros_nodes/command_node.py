@@ -106,10 +106,11 @@ class CommandCore:
         self._idle_beats = 0  # since the open request was sent
         self._episode: dict[str, Any] | None = None
         self._success = False  # of the last episode
+        self._limit_ns = 0  # how long this one may take; 0 for any time
         self._phase = (
             "idle"  # idle, armed (an episode is announced), running, ending (the operator's done or go: brake)
         )
-        self._after: tuple[int, int, str] | None = None  # the episode that begins when the arm has come to rest
+        self._after: tuple[int, int, str, int] | None = None  # the episode that begins when the arm has come to rest
         self._last_ns = 0
         self._set_ns = 0  # of the graph's clock, as far as it is dealt with
         self._requests = 0
@@ -227,7 +228,7 @@ class CommandCore:
     def _on_episode(self, data: dict[str, Any], now: Now) -> Effects:
         number = whole(data, "episode")
         if data["state"] == "running" and number != self._episode_number():
-            self._begin(number, whole(data, "seed"), str(data.get("instruction", "")), whole(data, "start_ns"))
+            self._begin(number, whole(data, "seed"), str(data.get("instruction", "")), 0, whole(data, "start_ns"))
         elif data["state"] == "done" and number == self._episode_number():
             self._finish(bool(data["success"]), whole(data, "steps"), str(data.get("family", "")), now)
             return (self._status(now),)
@@ -236,11 +237,12 @@ class CommandCore:
     def _on_control(self, data: dict[str, Any], now: Now) -> Effects:
         operation = str(data.get("op", ""))
         if operation == "go":
-            after = whole(data, "episode"), whole(data, "seed"), str(data.get("instruction", ""))
+            limit_ns = round(float(data.get("time_limit_s", 0.0)) * NS_PER_S)
+            after = whole(data, "episode"), whole(data, "seed"), str(data.get("instruction", "")), limit_ns
             if self._brake_first():
                 self._after = after
             else:
-                self._begin(*after, now.stamp_ns)
+                self._begin(*after, start_ns=now.stamp_ns)
         elif operation == "stop":
             self._loop.request_stop()
         elif operation == "resume":
@@ -256,7 +258,8 @@ class CommandCore:
         return (self._status(now),)
 
     # ---- episodes ----
-    def _begin(self, number: int, seed: int, instruction: str, start_ns: int) -> None:
+    def _begin(self, number: int, seed: int, instruction: str, limit_ns: int, start_ns: int) -> None:
+        self._limit_ns = limit_ns
         self._episode = {"episode": number, "seed": seed, "instruction": instruction, "start_ns": start_ns}
         self._phase, self._asked, self._open_until, self._requests, self._after = "armed", None, None, 0, None
         self._watch.begin()
@@ -333,11 +336,13 @@ class CommandCore:
             after, self._phase = self._after, "idle"
             if after is None:
                 return (self._status(now),)
-            self._begin(*after, max(now.stamp_ns, self._slots.next_ns))  # this period has had its command
+            self._begin(*after, start_ns=max(now.stamp_ns, self._slots.next_ns))  # this period has had its command
         if self._phase == "armed":
             self._start_if_ready(now)
         if self._phase not in _MOVING:
             return ()
+        if self._phase == "running" and 0 < self._limit_ns <= now.stamp_ns - self._start_ns():
+            self._finish(False, 0, "", now, brakes=True)
         if now.stamp_ns < self._last_ns:  # time ran backwards: a new grid; the gate stops the arm for it
             self._slots = Periodic(self._period_ns, now.stamp_ns)
         self._last_ns = now.stamp_ns
@@ -390,7 +395,8 @@ class CommandCore:
 
     # ---- reports ----
     def _status(self, now: Now) -> Send:
-        facts = dict(phase=self._phase, success=self._success, episode=self._episode_number(), commands=self._commands)
+        episode = self._episode_number() if self._after is None else self._after[0]
+        facts = dict(phase=self._phase, success=self._success, episode=episode, commands=self._commands)
         return reports.status(self._loop, facts, now)
 
     def _diagnostics(self, now: Now) -> Send:

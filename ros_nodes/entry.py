@@ -4,16 +4,12 @@ others with their traceback."""
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import importlib
+import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ros_nodes.shell import EXIT_LIMIT_S
 from vla.errors import VlaError
 
 
@@ -26,29 +22,11 @@ def run(main: Callable[[], object]) -> int:
         return 1
 
 
-@contextmanager
-def _ends_at_once() -> Iterator[list[int]]:
-    """Until the shell has handlers of its own, SIGINT and SIGTERM end the process with code 0: a node that is being
-    built has nothing to close yet. Gives the signals that came."""
-    told: list[int] = []
-
-    def end(number: int, frame: Any) -> None:
-        told.append(number)
-        faulthandler.dump_traceback_later(EXIT_LIMIT_S, exit=True)
-        for again in (signal.SIGINT, signal.SIGTERM):  # from the terminal, and once more from launch
-            signal.signal(again, signal.SIG_IGN)
-        raise SystemExit(0)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is end:
-                signal.signal(number, handler)
+def end_at_once() -> None:
+    """From now on SIGINT and SIGTERM end the process with code 0, until its shell has handlers of its own: a node that
+    is being loaded has nothing to close yet."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))  # an exception might be dropped, in a destructor for one
 
 
 def on_wheel(kind: str, arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +39,6 @@ def on_wheel(kind: str, arguments: Sequence[str] | None = None) -> int:
     settings.add_arguments(parser, node.settings)
     wheel_shell.add_arguments(parser)
     options = parser.parse_args(arguments, argparse.Namespace(actions=False))
-    with _ends_at_once() as told:
-        core = module.build(options)
-        if told:  # Python drops what is raised in a destructor
-            return 0
-        wheel_shell.run(core, options)
+    core = module.build(options)
+    wheel_shell.run(core, options)
     return int(module.report(core)) if hasattr(module, "report") else 0

@@ -36,7 +36,6 @@ _TOPIC_TYPES = {
 }
 TWIN = "/commands"  # behind the name of a gripper's action: std_msgs/Float64MultiArray of one position
 _GRIPPER_STEP = 0.02  # of its range: a new goal for less would only restart the driver's motion
-_MAX_EFFORT = 0.0  # as much as the driver allows, by GripperCommand's convention
 
 
 class Outputs:
@@ -102,7 +101,7 @@ class Outputs:
             self._grips[sink.topic] = value
         if not self._has_actions:  # again and again: what listens may have come, or come back, just now
             return (Send(sink.topic + TWIN, Values(np.array([self._grips[sink.topic]]))),)
-        goal = Values(np.array([value, _MAX_EFFORT]))
+        goal = Values(np.array([value, sink.max_effort]))
         return (Goal(sink.topic, ACTION_TYPES[sink.kind], goal),) if changed else ()
 
 

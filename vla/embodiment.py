@@ -53,6 +53,7 @@ class Output:
     (trajectory_msgs/JointTrajectory), follow_joint_trajectory or gripper_command (actions of control_msgs). joints:
     which, in this order; () for all. names: what the driver calls them, where it differs. timeout_s: after how long
     without a command the driver stops by itself; velocities are refused without one, because nothing else ends them.
+    max_effort: N (or N m) of a gripper_command's goal; 0 is the driver's own choice, which is none at all in some.
     """
 
     topic: str
@@ -60,6 +61,7 @@ class Output:
     joints: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     timeout_s: float = 0.0
+    max_effort: float = 0.0
 
 
 @dataclass(frozen=True)

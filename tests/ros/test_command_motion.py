@@ -55,7 +55,7 @@ def test_go_in_motion_brakes_before_the_next_episode_begins(kind: str) -> None:
     driver = Driver(robot=robot_of(kind)).moving()
     at = driver.time_ns
     driver.give(CONTROL.topic, m.Text.of(op="go", episode=9, seed=1))
-    assert driver.status()["phase"] == "ending" and driver.status()["episode"] == 0
+    assert driver.status()["phase"] == "ending" and driver.status()["episode"] == 9
     driver.run(2000)
     found = check(driver, kind, at)
     still = np.flatnonzero(~np.any(found, axis=1))
@@ -69,6 +69,17 @@ def test_done_while_an_episode_waits_for_the_arm_to_rest_takes_it_back() -> None
     driver.give(CONTROL.topic, m.Text.of(op="done"))
     driver.run(1000)
     assert driver.status()["phase"] == "idle" and driver.status()["episode"] == 0
+
+
+def test_a_time_limit_ends_an_episode_like_done() -> None:
+    driver = Driver()
+    driver.run(50)
+    driver.give(CONTROL.topic, m.Text.of(op="go", episode=3, seed=1, time_limit_s=1.0))
+    driver.run(900)
+    assert driver.status()["phase"] == "running"
+    driver.run(1100)
+    assert driver.status()["phase"] == "idle" and not driver.status()["success"]
+    assert not np.any(velocities(driver, "positions", 0)[-1])
 
 
 def test_an_arm_that_does_not_follow_is_named_and_does_not_leap_when_it_does() -> None:
