@@ -42,7 +42,7 @@ class VlaPolicy:
             selection.check(bundle.config)
         self.device = next(bundle.model.parameters()).device
         self._grammars: dict[str, Grammar] = {}
-        self._costs: dict[tuple[str, int], dict[int, float]] = {}
+        self._costs: dict[str, dict[int, float]] = {}
         self._seed = 0
 
     @classmethod
@@ -117,9 +117,9 @@ class VlaPolicy:
                 "decode": (done - encoded) * 1e3,
                 "total": (done - started) * 1e3,
             }
-            ids, repaired, confidence = decoded.at(sample)
+            ids, repaired, confidence, notes = decoded.at(sample)
             visual = None if kept is None else kept[sample]
-            report = DecodeReport(ids, decoded.passes, repaired, confidence, visual, times, decoded.notes)
+            report = DecodeReport(ids, decoded.passes, repaired, confidence, visual, times, notes)
             results.append(InferResult(chunk, report))
         return results
 

@@ -258,14 +258,10 @@ class PolicyCore:
             self._policy.reset(request.seed)
             self._episode, self._previous = request.episode, None
         previous: ActionChunk | None = None
-        ids: tuple[int, ...] = ()
         if self._previous is not None and self._previous[0] == request.previous:
             last = self._previous[1]
             previous = ActionChunk(last.chunk.actions, request.previous_start_ns, last.chunk.period_s)
-            ids = last.report.ids
-        context = InferContext(
-            previous, ids, request.executed, request.committed, observation.stamp_ns, request.infer_seed
-        )
+        context = InferContext(previous, request.executed, request.committed, observation.stamp_ns, request.infer_seed)
         context = observed_later(context, (observation.stamp_ns - request.start_ns) // self._period_ns)
         result = infer(self._policy, observation.check(), context)
         if not np.all(np.isfinite(result.chunk.actions)):

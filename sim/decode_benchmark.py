@@ -96,7 +96,7 @@ class Paired:
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval
         return {
-            "points": round(100 * self.difference, 2), "wilson_95": [round(100 * low, 2), round(100 * high, 2)],
+            "points": round(100 * self.difference, 2), "newcombe_95": [round(100 * low, 2), round(100 * high, 2)],
             "gained": self.gained, "lost": self.lost, "n": self.n, "verdict": self.verdict,
         }  # fmt: skip
 
@@ -113,33 +113,48 @@ def row(
     """One line of the results as plain data.
 
     costs, reports: of all entries, by name; episodes are those of the entry itself, or of its reference where it equals
-    that. reuse: its inferences that run no model; they count in all but decode_ms, tokens and overhead. moving: share
-    of the tokens whose value is not always the same; the tokens per pass of bins leave out the others, which nobody has
-    to guess.
+    that. What compares with a reference that was not measured is None. reuse: its inferences that run no model; they
+    count in all but decode_ms, tokens and overhead. moving: share of an action's values that ever move; where a token
+    is a value, tokens per pass leave out the others, which nobody has to guess.
     """
-    cost, base = costs[entry.name], costs[entry.reference or entry.name]
-    own, paired = reports.get(entry.name), None
+    cost, base = costs[entry.name], costs.get(entry.reference or entry.name)
+    own = reports.get(entry.name)
     if own is None and entry.exact:
         own = reports.get(entry.reference)
-    other = reports.get(entry.compared)
-    if other is not None and entry.name in reports:
-        paired = {"to": entry.compared, **Paired.of(reports[entry.name].episodes, other.episodes).to_dict()}
+    pairs = {}
+    if entry.name in reports:
+        mine = reports[entry.name].episodes
+        pairs = {
+            name: {"to": name, **Paired.of(mine, reports[name].episodes).to_dict()}
+            for name in entry.compared
+            if name in reports
+        }
     reuse = reuse or Reuse()
     runs = 1.0 - reuse.share
     all_ms, counts = reuse.mixed(cost.total_ms)
     total_ms, spread_ms = float(all_ms @ counts), _percentiles(all_ms, counts, (50, 95))
-    same = [a == b for a, b in zip(cost.ids, base.ids)] if any(cost.ids) and any(base.ids) else []
-    spoken, per_pass = cost.tokens.any(), float(cost.tokens.sum() / max(1, cost.passes.sum()))
-    error = [float(np.sqrt(np.mean((a - b) ** 2))) for a, b in zip(cost.actions, base.actions)]
+    config, window = entry.describe(), _window(entry, cost)
+    same = error = None
+    if base is not None:
+        error = float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(cost.actions, base.actions)]))
+        if any(cost.ids) and any(base.ids):
+            pieces = zip(cost.ids, base.ids, cost.actions, base.actions)
+            same = float(np.mean([a == b and np.array_equal(x, y) for a, b, x, y in pieces]))
+    spoken, passes = cost.tokens.any(), max(1, cost.passes.sum())
+    counted = sum(len(ids) * (moving if len(ids) == x.size else 1) for ids, x in zip(cost.ids, cost.actions))
+    agreement = agreement_of(cost.tokens.sum() / passes, window) if window > 1 and "agreement" in config else None
     outside = cost.decode_ms.sum() / max(1e-9, cost.pass_ms.sum()) - 1
     return {
         "decoder": entry.name,
-        "config": entry.describe(),
+        "config": config,
         "exact": entry.exact,
         "passes_per_chunk": round(float(cost.passes.mean()) * runs, 3),
-        "tokens_per_pass": round(per_pass * moving, 3) if spoken else None,
-        "window": cost.window or None,
-        "agreement": round(agreement_of(per_pass, cost.window), 3) if cost.window > 1 and entry.exact else None,
+        "tokens_per_pass": round(float(counted / passes), 3) if spoken else None,
+        "layers": _rounded(cost.notes.get("layers")),
+        "averaged": _rounded(cost.notes.get("averaged")),
+        "notes": {key: _rounded(value) for key, value in cost.notes.items() if key not in ("layers", "averaged")},
+        "window": window or None,
+        "agreement": _rounded(agreement),
         "ms_per_chunk": spread_ms,
         "decode_ms": percentiles(cost.decode_ms, (50, 95)),
         "first_action_ms": spread_ms,  # the loop takes a chunk as a whole
@@ -148,19 +163,20 @@ def row(
         "actions_per_s": round(execute / total_ms * 1e3, 1),
         "refresh_hz": round(1e3 / total_ms, 2),
         "flops_per_chunk": round(cost.flops * runs),
+        "prefix_flops": round(cost.prefix_flops * runs),
         "repaired": cost.repaired,
         "reused": round(reuse.share, 4),
         "reuse_ms": round(float(np.mean(reuse.ms)), 3) if reuse.ms else 0.0,
         "reference": entry.reference or entry.name,
-        "speedup": round(float(base.total_ms.mean() / total_ms), 3),
+        "speedup": None if base is None else round(float(base.total_ms.mean() / total_ms), 3),
         "speedups": {
             name: round(float(costs[name].total_ms.mean() / total_ms), 3)
             for name in ("greedy bins", "greedy FAST")
             if name in costs
         },
-        "same_chunks": round(float(np.mean(same)), 4) if same else None,
-        "bf16_flips": None if cost.flips is None else round(cost.flips, 4),
-        "rms_to_reference": round(float(np.mean(error)), 5),
+        "same_chunks": _rounded(same),
+        "bf16_flips": _rounded(cost.flips),
+        "rms_to_reference": _rounded(error, 5),
         "n": len(own.episodes) if own else 0,
         "success_rate": round(own.success.rate, 4) if own else None,
         "wilson_95": [round(bound, 4) for bound in own.success.interval] if own else None,
@@ -169,8 +185,19 @@ def row(
         else "its own"
         if entry.name in reports
         else "its reference, which it equals",
-        "paired_difference": paired,
+        "paired_difference": pairs.pop((*entry.compared, "")[0], None),
+        "further_differences": list(pairs.values()),
     }
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(float(value), digits)
+
+
+def _window(entry: Entry, cost: Cost) -> int:
+    """Tokens that a pass looks at, where the decoder says so: a window, or a draft and the token before it; else 0."""
+    length = getattr(entry.parts.decoder, "length", 0)
+    return int(cost.notes.get("window", 0)) or (length + 1 if length else 0)
 
 
 def _percentiles(values: np.ndarray, weights: np.ndarray, which: Sequence[int]) -> dict[str, float | None]:
@@ -181,11 +208,3 @@ def _percentiles(values: np.ndarray, weights: np.ndarray, which: Sequence[int]) 
     reached = weights[order].cumsum() / weights.sum()
     places = np.searchsorted(reached, np.array(which) / 100 - 1e-9)
     return {f"p{p}": round(float(values[order][place]), 3) for p, place in zip(which, places)}
-
-
-def moving_share(cost: Cost, action_dim: int) -> float:
-    """Share of the action's values whose bin is not the same in all chunks; 1 for tokens of other kinds."""
-    if any(len(ids) != actions.size for ids, actions in zip(cost.ids, cost.actions)):
-        return 1.0
-    table = np.array(cost.ids).reshape(-1, action_dim)
-    return float((table != table[0]).any(axis=0).mean())

@@ -1,16 +1,17 @@
 """What one decoder costs per observation: time, passes, FLOPs, time outside of the model, flips in bf16.
 
-All decoders run on the same observations, those of greedy episodes, with the context each had there (the chunk that was
-running, the actions executed), one decoder after the other on every observation, so that a slow moment of the machine
-hits all.
+All decoders run on the same observations, those of greedy episodes, with the context each had there (the actions
+executed), but with its own last chunk as the one that is running. They take turns on every observation, so that a slow
+moment of the machine hits all, and in an order drawn anew for each, so that none always finds the caches that another
+one left.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from policies.parts import Parts
 from policies.vla_policy import VlaPolicy
-from sim.decode_entries import Entry
+from sim.decode_entries import ENTRIES, Entry
 from sim.evaluate import EvalConfig, evaluate
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.anytime import AnytimeDecoder
-from vla.decoding.base import Decoded, DecodeInput
+from vla.decoding.autoregressive import AutoregressiveDecoder
+from vla.decoding.base import Decoded, DecodeInput, Decoder
 from vla.decoding.costs import pass_costs
 from vla.errors import DataError
 from vla.models.heads import TokenHead
+from vla.models.pruning import eigen_flops, prefix_flops
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Vla
-from vla.policy import InferContext, InferResult, Policy, PolicyWrapper
+from vla.policy import DecodeReport, InferContext, InferResult, Policy, PolicyWrapper
 from vla.types import Observation
 
+Seen = Sequence[tuple[Observation, InferContext]]
+
+ORDER_SEED = 0  # of the order in which entries take turns
+_WARM_UP = 3  # observations
 _FLOP_CHUNKS = 6  # observations that FLOPs are counted on: counting takes a hundred times as long as running
 _FLIP_CHUNKS = 20  # observations that flips are counted on: passes in bf16 run in torch, one by one
 # What counts as the model's own time in decoding.
@@ -40,6 +48,12 @@ _MODEL: dict[type, tuple[str, ...]] = {
     TokenHead: ("embed", "guesses"),
     Vla: ("extend", "velocity", "noise", "parallel_actions"),
 }
+_COUNTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._linalg_eigh: lambda matrices, *args, out_val=None, **kwargs: (
+        matrices.shape[:-2].numel() * eigen_flops(matrices.shape[-1])
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,10 @@ class Cost:
     """What one decoder took per observation. On a GPU times are of work that is done, not of its launch.
 
     total_ms: image and text handling, prefix and decoding. pass_ms: the part of decode_ms inside passes over
-    tokens. actions: normalised, [T, A] each. flops: per chunk, prefix included. flips: share of chunks in which bf16
-    makes an exact decoder differ from greedy, None where not counted. window: tokens per pass, of decoders that say so.
+    tokens. actions: normalised, [T, A] each. repaired: tokens or values that had to be mended, all chunks together.
+    flops: per chunk. prefix_flops: of those, what the prefix takes in the transformer. flips: share of chunks in which
+    bf16 makes an exact decoder differ from greedy, None where not counted. notes: what the decoder noted, mean over the
+    chunks where it did.
     """
 
     total_ms: np.ndarray
@@ -60,8 +76,9 @@ class Cost:
     ids: list[tuple[int, ...]]
     actions: list[np.ndarray]
     flops: float
+    prefix_flops: float = 0.0
     flips: float | None = None
-    window: int = 0
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 class Recording(PolicyWrapper):
@@ -98,53 +115,87 @@ def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> list[tupl
     return recording.seen[:count]
 
 
+class _Run:
+    """One entry on its way through the observations: what it remembers, what it was told, and what it took."""
+
+    def __init__(self, policy: VlaPolicy, entry: Entry):
+        self.parts = replace(entry, reuse="").parts  # of entries that reuse chunks the cost of a real forward counts
+        self._policy, self._around = policy, self.parts.around(policy)
+        self._last: InferResult | None = None
+        self.told: list[tuple[Observation, InferContext]] = []
+        self.took: list[tuple[InferResult, float]] = []
+
+    def step(self, observation: Observation, context: InferContext, passes: Any) -> None:
+        self._policy.decoder, self._policy.selection = self.parts.decoder, self.parts.pruning
+        if self._last is not None:
+            context = _running(context, self._last)
+        before = passes.ms
+        result = self._around.infer_batch([observation], [context])[0]
+        self._last = result
+        self.told.append((observation, context))
+        self.took.append((result, passes.ms - before))
+
+    def cost(self, bundle: Bundle, flops: float, flips: float | None) -> Cost:
+        reports = [result.report for result, _ in self.took]
+        noted = {key for report in reports for key in report.notes}
+        return Cost(
+            np.array([report.times_ms["total"] for report in reports]),
+            np.array([report.times_ms["decode"] for report in reports]),
+            np.array([ms for _, ms in self.took]),
+            np.array([report.passes for report in reports]),
+            np.array([len(report.ids) for report in reports]),
+            sum(report.repaired for report in reports),
+            [report.ids for report in reports],
+            [bundle.action_normalizer.normalize(result.chunk.actions) for result, _ in self.took],
+            flops,
+            prefix_flops(bundle.config, self.parts.pruning),
+            flips,
+            {key: float(np.mean([r.notes[key] for r in reports if key in r.notes])) for key in sorted(noted)},
+        )
+
+
+def _running(context: InferContext, last: InferResult) -> InferContext:
+    """`context` as it would be if the chunk that is running there, and what of it is committed, were `last`."""
+    if context.previous is None:
+        return context
+    actions, committed = last.chunk.actions, context.committed
+    if committed is not None:
+        committed = actions[context.executed : context.executed + len(committed)]
+    previous = replace(context.previous, actions=actions)
+    return replace(context, previous=previous, committed=committed)
+
+
 def costs(
     policy: VlaPolicy,
     entries: Sequence[Entry],
-    seen: Sequence[tuple[Observation, InferContext]],
+    seen: Seen,
     tick: Callable[[], None] = lambda: None,
+    seed: int = ORDER_SEED,
 ) -> dict[str, Cost]:
-    """Every entry on every observation. The first observations, which warm up, are run twice and counted once.
+    """Every entry on every observation, in an order that `seed` draws for each of them. The first observations, which
+    warm up, are run twice and counted once.
 
     Of entries that reuse chunks this is the cost of a real forward; how many there are only episodes can tell.
     """
-    rows: dict[str, list[tuple[InferResult, np.ndarray, float]]] = {entry.name: [] for entry in entries}
+    order, runs = np.random.default_rng(seed), {}
     kept = policy.decoder, policy.selection
     try:
         with _timed_passes(policy.device) as passes:
-            for index, (observation, context) in enumerate([*seen[:3], *seen]):
-                for entry in entries:
-                    entry.policy(policy)
-                    before = passes.ms
-                    result = policy.infer_batch([observation], [context])[0]
-                    if index >= 3:
-                        actions = policy.bundle.action_normalizer.normalize(result.chunk.actions)
-                        rows[entry.name].append((result, actions, passes.ms - before))
-                tick()
-        flops = {entry.name: _flops(policy, entry, seen[:_FLOP_CHUNKS]) for entry in entries}
-        flips = _flips(policy, entries, seen[:_FLIP_CHUNKS])
+            for part in (seen[:_WARM_UP], seen):
+                runs = {entry.name: _Run(policy, entry) for entry in entries}
+                for observation, context in part:
+                    for place in order.permutation(len(entries)):
+                        runs[entries[place].name].step(observation, context, passes)
+                    tick()
+        flops = {name: _flops(policy, run.parts, run.told[:_FLOP_CHUNKS]) for name, run in runs.items()}
+        flips = _flips(policy, entries, {name: run.told[:_FLIP_CHUNKS] for name, run in runs.items()})
     finally:
         policy.decoder, policy.selection = kept
-    return {
-        name: Cost(
-            np.array([r.report.times_ms["total"] for r, _, _ in results]),
-            np.array([r.report.times_ms["decode"] for r, _, _ in results]),
-            np.array([ms for _, _, ms in results]),
-            np.array([r.report.passes for r, _, _ in results]),
-            np.array([len(r.report.ids) for r, _, _ in results]),
-            sum(r.report.repaired > 0 for r, _, _ in results),
-            [r.report.ids for r, _, _ in results],
-            [actions for _, actions, _ in results],
-            flops[name],
-            flips.get(name),
-            int(results[-1][0].report.notes.get("window", 0)),
-        )
-        for name, results in rows.items()
-    }
+    return {name: run.cost(policy.bundle, flops[name], flips.get(name)) for name, run in runs.items()}
 
 
-def _flops(policy: VlaPolicy, entry: Entry, seen: Sequence[tuple[Observation, InferContext]]) -> float:
-    entry.policy(policy)
+def _flops(policy: VlaPolicy, parts: Parts, seen: Seen) -> float:
+    policy.decoder, policy.selection = parts.decoder, parts.pruning
     with _in_torch(), _Flops() as counter:
         for observation, context in seen:
             policy.infer_batch([observation], [context])
@@ -152,13 +203,14 @@ def _flops(policy: VlaPolicy, entry: Entry, seen: Sequence[tuple[Observation, In
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up what torch's table says of each operation. (FlopCounterMode fails on parameters in inference mode.)"""
+    """Adds up what torch's table says of each operation, and the eigendecompositions of pruning, which it leaves out.
+    (FlopCounterMode fails on parameters in inference mode.)"""
 
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
+        count = _COUNTS.get(func._overloadpacket)
         if count is None:
             with self:  # inference mode leaves composite operations whole
                 out = func.decompose(*args, **kwargs)
@@ -230,22 +282,23 @@ def _timed_passes(device: torch.device) -> Iterator[Any]:
             setattr(of, name, method)
 
 
-def _flips(
-    policy: VlaPolicy, entries: Sequence[Entry], seen: Sequence[tuple[Observation, InferContext]]
-) -> dict[str, float]:
+def _flips(policy: VlaPolicy, entries: Sequence[Entry], told: Mapping[str, Seen]) -> dict[str, float]:
     """Of exact entries: the share of chunks whose tokens are not greedy's when the model computes in bf16, where passes
-    of different lengths round differently and near-ties fall the other way."""
+    of different lengths round differently and near-ties fall the other way. told: by name, to all of them."""
 
-    def tokens(entry: Entry) -> list[tuple[int, ...]]:
-        entry.policy(policy)
+    def tokens(entry: Entry, seen: Seen) -> list[tuple[int, ...]]:
+        policy.decoder, policy.selection = entry.parts.decoder, entry.parts.pruning
         with _in_torch(), torch.autocast(policy.device.type, torch.bfloat16):
             return [policy.infer_batch([observation], [context])[0].report.ids for observation, context in seen]
 
-    said = {entry.name: tokens(entry) for entry in entries if entry.exact}
+    exact = [entry for entry in entries if entry.exact and entry.reference]
+    # Greedy decoding looks at no chunk that is running, so it may be told what another one was.
+    asked = {entry.reference: told[entry.name] for entry in exact}
+    said = {entry.name: tokens(entry, asked[entry.name]) for entry in ENTRIES if entry.name in asked}
     return {
-        entry.name: float(np.mean([a != b for a, b in zip(said[entry.name], said[entry.reference])]))
-        for entry in entries
-        if entry.exact and entry.reference in said
+        entry.name: float(np.mean([a != b for a, b in zip(tokens(entry, told[entry.name]), said[entry.reference])]))
+        for entry in exact
+        if entry.reference in said
     }
 
 
@@ -315,25 +368,36 @@ class Cut:
     rms: float
 
 
-def anytime_curve(
-    policy: VlaPolicy, head: str, seen: Sequence[tuple[Observation, InferContext]], cost: Cost, points: int = 9
-) -> list[Cut]:
-    """Error against time: deadlines from where the prefix is done to where greedy decoding, whose `cost` is that of the
-    same observations, has mostly ended."""
-    first, last = np.median(cost.total_ms - cost.decode_ms), np.quantile(cost.total_ms, 0.95)
+def anytime_curve(policy: VlaPolicy, head: str, seen: Seen, deadlines: Sequence[float] = ()) -> list[Cut]:
+    """Error against time. deadlines, ms: () for nine, from where the prefix is done to where greedy decoding of the
+    same observations has mostly ended."""
     kept, out = policy.decoder, []
     values = policy.bundle.config.horizon * policy.bundle.config.action_dim
+
+    def run(decoder: Decoder) -> tuple[list[DecodeReport], list[np.ndarray]]:
+        policy.decoder = decoder
+        results = [policy.infer_batch([observation], [context])[0] for observation, context in seen]
+        chunks = [policy.bundle.action_normalizer.normalize(result.chunk.actions) for result in results]
+        return [result.report for result in results], chunks
+
     try:
-        for deadline in np.linspace(first, last, points).round(1).tolist():
-            policy.decoder = AnytimeDecoder(deadline, head)
-            results = [policy.infer_batch([observation], [context])[0] for observation, context in seen]
-            chunks = [policy.bundle.action_normalizer.normalize(result.chunk.actions) for result in results]
-            errors = [float(np.mean((chunk - whole) ** 2)) for chunk, whole in zip(chunks, cost.actions)]
-            ms, cut = (
-                float(np.mean([value(result.report) for result in results]))
-                for value in (lambda report: report.times_ms["total"], lambda report: report.notes["cut"] / values)
-            )
+        reports, whole = run(AutoregressiveDecoder(head=head))
+        if not deadlines:
+            first = np.median([report.times_ms["preprocess"] + report.times_ms["prefix"] for report in reports])
+            last = np.quantile([report.times_ms["total"] for report in reports], 0.95)
+            deadlines = np.linspace(first, last, 9).round(1).tolist()
+        for deadline in deadlines:
+            reports, chunks = run(AnytimeDecoder(deadline, head))
+            errors = [float(np.mean((a - b) ** 2)) for a, b in zip(chunks, whole)]
+            ms = float(np.mean([report.times_ms["total"] for report in reports]))
+            cut = float(np.mean([report.notes["cut"] for report in reports])) / values
             out.append(Cut(deadline, round(ms, 2), round(cut, 4), round(float(np.sqrt(np.mean(errors))), 5)))
     finally:
         policy.decoder = kept
     return out
+
+
+def half_cut(curve: Sequence[Cut]) -> float:
+    """The deadline, ms, at which about half of the values are not decoded; the nearest one measured where none is."""
+    cuts = np.maximum.accumulate([cut.cut for cut in reversed(curve)])  # noise may make it rise with the deadline
+    return round(float(np.interp(0.5, cuts, [cut.deadline_ms for cut in reversed(curve)])), 1)

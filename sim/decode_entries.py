@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from policies.parts import GROUPS, Parts
 from policies.vla_policy import VlaPolicy
-from vla.errors import ConfigError
+from vla import configs
+from vla.decoding.base import TokenDecoder
+from vla.errors import ConfigError, nearest
 from vla.policy import Policy
 
 
@@ -17,7 +19,8 @@ class Entry:
     """One line of the benchmark. name: as printed. config: name in configs/decoder. options: key=value.
 
     reference: name of the entry that this one is compared with, "" for a reference itself, whose success is compared
-    with that of the first entry. pruning, reuse, ensembling: names in the groups of configs/, "" for none.
+    with that of the first entry. pruning, reuse, ensembling: names in the groups of configs/, "" for none. against:
+    further entries that success is compared with.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Entry:
     pruning: str = ""
     reuse: str = ""
     ensembling: str = ""
+    against: tuple[str, ...] = ()
 
     @property
     def parts(self) -> Parts:
@@ -38,10 +42,10 @@ class Entry:
         return bool(self.parts.decoder.exact) and not (self.pruning or self.reuse or self.ensembling)
 
     @property
-    def compared(self) -> str:
-        """Name of the entry that success is paired with, "" for none."""
-        first = ENTRIES[0].name
-        return self.reference or (first if self.name != first else "")
+    def compared(self) -> tuple[str, ...]:
+        """Names of the entries that success is paired with, the reference before others; () for the first entry."""
+        first = self.reference or ENTRIES[0].name
+        return tuple(name for name in (first, *self.against) if name != self.name)
 
     def policy(self, policy: VlaPolicy) -> Policy:
         """`policy` set to this entry, and what stands around it."""
@@ -61,9 +65,24 @@ def _capped(passes: int, window: int = 0, *more: str) -> tuple[str, ...]:
     return ("head=distilled", f"passes={passes}", f"window={window}", *more)
 
 
-# Every decoder on the form it was published for, the heads side by side, and what composes.
-ENTRIES = (
+def by_default(names: Iterable[str]) -> tuple[Entry, ...]:
+    """Lines of decoders with their defaults, by name in configs/decoder: on bins and on FAST tokens, or, where they
+    make none, on the head they find."""
+    out: list[Entry] = []
+    for name in names:
+        if isinstance(configs.load("decoder", name), TokenDecoder):
+            out.append(Entry(f"{name} bins", name, ("head=bins",), _BINS))
+            out.append(Entry(f"{name} FAST", name, ("head=fast",), _FAST))
+        else:
+            out.append(Entry(name, name, (), _BINS))
+    return tuple(out)
+
+
+# Every decoder on the form it was published for, the heads side by side, and what composes. References are measured
+# twice: what lies between the two is noise.
+_LISTED = (
     Entry(_BINS, "autoregressive", ("head=bins",)),
+    Entry(f"{_BINS}, again", "autoregressive", ("head=bins",), _BINS),
     Entry("jacobi bins", "jacobi", ("head=bins",), _BINS),
     *(Entry(f"jacobi bins, {n}", "jacobi", ("head=bins", f"window={n}"), _BINS) for n in (4, 8, 16)),
     Entry("jacobi bins, whole block", "jacobi", ("head=bins", "window=112"), _BINS),
@@ -92,6 +111,7 @@ ENTRIES = (
     Entry("capped distilled, 2 per 16, pruned", "capped", _capped(2, 16), _DISTILLED, "flashvla"),
     Entry("capped distilled, 2 per 16, pruned, reused", "capped", _capped(2, 16), _DISTILLED, "flashvla", "flashvla"),
     Entry(_FAST, "autoregressive", ("head=fast",)),
+    Entry(f"{_FAST}, again", "autoregressive", ("head=fast",), _FAST),
     Entry("jacobi FAST", "jacobi", ("head=fast", "agreement=0.2"), _FAST),
     Entry("jacobi FAST, 4", "jacobi", ("head=fast", "window=4"), _FAST),
     Entry("speculative FAST, previous chunk", "speculative", ("head=fast",), _FAST),
@@ -109,10 +129,28 @@ ENTRIES = (
     Entry("diffusion, 4 steps", "diffusion", (), _BINS),
     Entry("diffusion, 4 steps, real-time chunking", "realtime_diffusion", (), _BINS),
     Entry("hybrid tokens", "ensemble", ("mode=tokens",), _BINS),
-    Entry("hybrid ensemble", "ensemble", (), _BINS),
+    Entry("hybrid ensemble", "ensemble", (), _BINS, against=("hybrid tokens", "diffusion, 4 steps")),
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla"),
 )
+ENTRIES = (*_LISTED, *by_default(sorted({*configs.names("decoder")} - {entry.config for entry in _LISTED})))
+
+
+def chosen(only: Sequence[str]) -> list[Entry]:
+    """The entries of these names, all for none, with those they are compared with, and so on, and the repetitions of
+    those; ConfigError with the nearest name for unknown ones."""
+    by_name = {entry.name: entry for entry in ENTRIES}
+    wanted: set[str] = set()
+    waiting = list(only)
+    while waiting:
+        name = waiting.pop()
+        if name not in by_name:
+            raise ConfigError(f"--only: unknown line {name!r}. {nearest(name, by_name)}")
+        if name not in wanted:
+            wanted.add(name)
+            waiting += by_name[name].compared
+    wanted |= {f"{name}, again" for name in wanted} & set(by_name)
+    return [entry for entry in ENTRIES if not only or entry.name in wanted]
 
 
 def served(policy: VlaPolicy, entries: Sequence[Entry]) -> tuple[list[Entry], dict[str, str]]:

@@ -116,7 +116,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class EpisodeRecord:
     """One episode of a report. target: the object that was asked for, moved: the one that was displaced most. motion:
-    see vla.runtime.motion; reports of the first release have none."""
+    see vla.runtime.motion. reused: answered inferences that ran no model. Reports of the first release have neither."""
 
     seed: int
     task: str
@@ -132,6 +132,7 @@ class EpisodeRecord:
     executed: int
     missed: int
     motion: dict[str, Any] | None = None
+    reused: int | None = None
 
     @property
     def followed(self) -> bool | None:
@@ -181,6 +182,12 @@ class Report:
         known = [e.followed for e in self.episodes if e.followed is not None]
         return Rate(sum(known), len(known)) if known else None
 
+    @property
+    def reused(self) -> int | None:
+        """Answered inferences that ran no model; None where an episode does not say."""
+        counts = [e.reused for e in self.episodes]
+        return None if None in counts else sum(filter(None, counts))
+
     def families(self) -> dict[str, Rate]:
         """Success per task family, in alphabetical order."""
         out = {}
@@ -197,6 +204,8 @@ class Report:
             "families": {name: rate.to_dict() for name, rate in self.families().items()},
             "followed": self.followed.to_dict() if self.followed else None,
             "episode_inference_p95_ms": percentiles(p95, (50, 95)),
+            "inferences": sum(e.inferences for e in self.episodes),
+            "reused": self.reused,
             "episodes": [asdict(e) for e in self.episodes],
         }
 
@@ -210,6 +219,8 @@ class Report:
             low, high = rate.interval
             share = f"{rate.successes}/{rate.trials}"
             lines.append(f"{name:16} {share:>9} {100 * rate.rate:6.1f}%  {100 * low:.1f} to {100 * high:.1f} %")
+        if self.reused:
+            lines.append(f"reused chunks: {self.reused} of {sum(e.inferences for e in self.episodes)} inferences")
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
@@ -341,6 +352,7 @@ def _run(
         executed=result.executed,
         missed=result.missed,
         motion=motion(loop.trace).to_dict(),
+        reused=sum(map(bool, loop.trace.infer_reused[: loop.trace.inferences])),
     )
 
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
+import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from numbers import Integral, Real
+from typing import Annotated, Any
 
 import yaml
 
 from vla.errors import ConfigError, explain, nearest
 from vla.resources import config_dir
+
+# What a constructor annotates where infinity makes sense; a plain float is finite.
+Unbounded = Annotated[float, "or infinity"]
+
+# What may stand for a scalar annotation, and what to do about anything else.
+_SCALARS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "Write it without a point."),
+    float: ("a finite number", "Write it as 0.5 or 1.0e-3."),
+    Unbounded: ("a number or .inf", "Write it as 0.5 or 1.0e-3."),
+    bool: ("true or false", "Write one of them."),
+    str: ("a text", "Put it in quotes."),
+    type(None): ("null", "Write null."),
+}
 
 
 def names(group: str) -> tuple[str, ...]:
@@ -50,8 +66,8 @@ def build(config: Mapping[str, Any], where: str = "config") -> Any:
     """Call what `_target_` names with the other keys.
 
     Nested mappings are built first when they have a `_target_` of their own, or when the parameter is a dataclass.
-    Raises ConfigError for an argument that the constructor does not take (nearest name offered) or that is missing.
-    Lists given for tuple parameters become tuples.
+    Raises ConfigError for an argument that the constructor does not take (nearest name offered), that is missing, or
+    that is not of the type annotated (see `check_arguments`). Lists given for tuple parameters become tuples.
     """
     return _construct(target_of(config, where), {k: v for k, v in config.items() if k != "_target_"}, where)
 
@@ -74,7 +90,7 @@ def _construct(target: Any, arguments: Mapping[str, Any], where: str) -> Any:
 def _hints(target: Any) -> dict[str, Any]:
     """Resolved parameter types; {} where they name things that are not importable at run time."""
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except NameError:
         return {}
 
@@ -92,7 +108,11 @@ def target_of(config: Mapping[str, Any], where: str) -> Any:
 
 
 def check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:
-    """Bind `arguments` to the signature of `target`, or say which one does not fit."""
+    """Bind `arguments` to the signature of `target`, or say which one does not fit.
+
+    Those annotated int, float, bool, str, or a union of them and None have to be that; a float is finite, an Unbounded
+    one may be infinite.
+    """
     parameters = inspect.signature(target).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key in arguments:
@@ -107,6 +127,28 @@ def check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> No
     missing = [key for key in required if key not in arguments]
     if missing:
         raise ConfigError(explain(where, f"all of {required}", f"no {', '.join(missing)}", "Set them, as key=value."))
+    hints = _hints(target)
+    for key, value in arguments.items():
+        kinds = _alternatives(hints.get(key))
+        if not any(_fits(value, kind) for kind in kinds):
+            expected = " or ".join(_SCALARS[kind][0] for kind in kinds)
+            raise ConfigError(explain(f"{where}.{key}", expected, repr(value), _SCALARS[kinds[0]][1]))
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` may stand where one scalar type is annotated; other types are their constructors' business."""
+    if kind not in _SCALARS or (isinstance(value, Mapping) and "_target_" in value):
+        return True
+    if kind in (float, Unbounded):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and (math.isfinite(value) or (kind is not float and not math.isnan(value)))
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _built(value: Any, where: str) -> Any:

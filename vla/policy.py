@@ -16,7 +16,7 @@ from vla.types import ActionChunk, Observation
 class InferContext:
     """What decoders and schedulers need beside the observation.
 
-    previous: the chunk that is being executed, if any; previous_ids: the token ids it came from.
+    previous: the chunk that is being executed, if any.
     executed: how many of its actions were executed when the observation was taken.
     committed: float32[C, A], actions that will be executed while this inference runs (they cannot change any more).
     start_ns: due time that the first action of the new chunk shall have. seed: randomness of this inference.
@@ -24,7 +24,6 @@ class InferContext:
     """
 
     previous: ActionChunk | None = None
-    previous_ids: tuple[int, ...] = ()
     executed: int = 0
     committed: np.ndarray | None = None
     start_ns: int = 0

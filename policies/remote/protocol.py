@@ -44,9 +44,9 @@ OPTIONAL = {
     "start_ns": "int, due time of the first action (default: stamp_ns)",
     "executed": "int, how many actions of `previous` were executed",
     "committed": "float32[C, A], actions that will be executed while this inference runs",
-    "previous": "{actions: float32[T, A], start_ns: int, period_s: float, ids: [int]}, the running chunk",
+    "previous": "{actions: float32[T, A], start_ns: int, period_s: float}, the running chunk",
 }
-_PREVIOUS = {"actions", "start_ns", "period_s", "ids"}
+_PREVIOUS = {"actions", "start_ns", "period_s"}
 _MAX_EXECUTED = 1_000_000
 
 
@@ -122,7 +122,7 @@ def write_request(observation: Observation, context: InferContext, episode_seed:
         previous = context.previous
         message["previous"] = {
             "actions": np.asarray(previous.actions, np.float32), "start_ns": int(previous.start_ns),
-            "period_s": float(previous.period_s), "ids": [int(i) for i in context.previous_ids],
+            "period_s": float(previous.period_s), "ids": [],  # which servers of the first release expect
         }  # fmt: skip
     return message
 
@@ -159,17 +159,15 @@ def read_request(message: Any, robot: Embodiment) -> tuple[Observation, InferCon
 def _read_previous(given: Any, robot: Embodiment) -> dict[str, Any]:
     if given is None:
         return {}
-    if not isinstance(given, dict) or set(given) != _PREVIOUS:
+    if not isinstance(given, dict) or set(given) - {"ids"} != _PREVIOUS:
         got = sorted(given) if isinstance(given, dict) else type(given).__name__
         raise ObservationError(explain("previous", sorted(_PREVIOUS), got, "Send the chunk as it was answered."))
     actions = _actions("previous.actions", given["actions"], robot)
-    period_s, ids = given["period_s"], given["ids"]
+    period_s = given["period_s"]
     if not isinstance(period_s, float) or not 0 < period_s < 1e3 or not len(actions):
         got = f"{period_s!r} and {len(actions)} actions"
         raise ObservationError(explain("previous", "a period in seconds and at least 1 action", got, "Send both."))
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ObservationError(explain("previous.ids", "token ids", "something else", "Send report.ids, or []."))
-    return {"previous": ActionChunk(actions, _int(given, "start_ns"), period_s), "previous_ids": tuple(ids)}
+    return {"previous": ActionChunk(actions, _int(given, "start_ns"), period_s)}
 
 
 # ---- answers ----

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -27,9 +26,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "print([m for m in ('numpy', 'torch', 'hydra', 'rich', 'mujoco') if m in sys.modules], file=sys.stderr)"
     )
-    begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine; this one may be busy
     assert done.stderr.strip() == "[]"
     for word in ("demo", "doctor", "info", "collect", "train", "eval", "setup", "bench"):
         assert word in done.stdout

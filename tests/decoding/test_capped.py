@@ -66,6 +66,17 @@ def test_a_perfect_draft_settles_in_one_pass() -> None:
     assert out.ids == greedy.ids and out.passes == 1
 
 
+def test_without_a_cap_a_block_has_as_many_passes_as_tokens() -> None:
+    for window in (0, 5):
+        greedy, _ = decode(AutoregressiveDecoder(), model(2), GRAMMAR, prompt(2, 1))
+        free, _ = decode(CappedJacobiDecoder(0, window), model(2), GRAMMAR, prompt(2, 1))
+        assert free.ids == greedy.ids
+    passes = [
+        decode(CappedJacobiDecoder(0, both_ways=True), model(s), GRAMMAR, prompt(s, 1))[0].passes for s in range(8)
+    ]
+    assert max(passes) == 16  # one that never settles ends with the block's size
+
+
 def test_both_ways_is_another_decoder() -> None:
     differs = 0
     for seed in range(6):
@@ -78,9 +89,11 @@ def test_both_ways_is_another_decoder() -> None:
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"decoder\.passes"):
-        CappedJacobiDecoder(0)
+        CappedJacobiDecoder(-1)
     with pytest.raises(ConfigError, match=r"decoder\.window"):
         CappedJacobiDecoder(window=-1)
+    with pytest.raises(ConfigError, match=r"decoder\.window: expected 0 with both_ways, got 4"):
+        CappedJacobiDecoder(window=4, both_ways=True)
     bundle = bundle_of(heads=(HeadConfig("words", "tokens", 1, 9),))
     CappedJacobiDecoder(window=12).check(bundle)
     with pytest.raises(ConfigError, match=r"decoder\.window: expected at most 12"):

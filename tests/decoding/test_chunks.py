@@ -97,7 +97,7 @@ def contexts(*executed: int | None, committed: int = 2, length: int = T) -> list
     for done in executed:
         actions = rng.uniform(-0.9, 0.9, (length, A)).astype(np.float32)
         actions[:, 2] = np.sign(actions[:, 2])
-        context = InferContext(ActionChunk(actions, 0, 0.05), (), done or 0, actions[done or 0 :][:committed], 1, 0)
+        context = InferContext(ActionChunk(actions, 0, 0.05), done or 0, actions[done or 0 :][:committed], 1, 0)
         out.append(InferContext(start_ns=1) if done is None else context)
     return out
 
@@ -171,7 +171,7 @@ def test_forced_decoding_is_greedy_behind_the_forced_tokens(counts, words) -> No
             expected = float(sure.mean()) if len(sure) else 1.0
             assert out.confidence[sample] == pytest.approx(expected, abs=1e-4)
             changed += out.ids[sample][len(draft) :] != greedy.ids[sample][len(draft) :]
-        assert out.passes == 16 - min(counts) and out.notes == {"forced": sum(counts) / 2}
+        assert out.passes == 16 - min(counts) and out.notes == {"forced": list(counts)}
     assert (changed > 0) == any(0 < count < 16 for count in counts)  # what was forced matters for what follows
 
 
@@ -298,7 +298,7 @@ def test_a_steered_flow_is_the_published_one_whatever_else_is_in_the_batch() -> 
         expected = published(bundle, args, noise, targets[sample], masks[sample], 3, 4.0)
         expected[: counts[sample]] = targets[sample, : counts[sample]]
         np.testing.assert_allclose(out.actions[sample], expected, atol=1e-4)
-    assert out.passes == 3 and out.notes["missed"] > 0
+    assert out.passes == 3 and out.notes["missed"][0] > 0 == out.notes["missed"][1]  # the second has no last chunk
     assert all(weight.grad is None for weight in bundle.model.parameters())
     free = FlowDecoder(3).decode(given(bundle, (5, 6))).actions
     assert not np.allclose(out.actions[0, 2:], free[0, 2:], atol=1e-3)
@@ -401,7 +401,7 @@ def test_an_inpainted_diffusion_runs_behind_the_cache_whatever_else_is_in_the_ba
     np.testing.assert_allclose(out.actions[1], free[1], atol=1e-5)  # nothing to go on from
     targets, masks, _ = goals(batch)
     np.testing.assert_array_equal(out.actions[0, :2], targets[0, :2])
-    assert out.passes == 4 and out.notes["missed"] < 1e-4
+    assert out.passes == 4 and max(out.notes["missed"]) < 1e-4
     # Uncached: every step as one pass over the whole sequence.
     model, both, shares = bundle.model, bundle.model.heads["both"], torch.cat((SHARES, torch.ones(1))).tolist()
     images, *rest = inputs(2)

@@ -196,7 +196,7 @@ def test_tokens_behind_noise_equal_uncached_greedy_and_so_does_their_confidence(
         assert tokens.ids[sample] == gated.ids[sample] == tuple(ids) and len(set(ids)) > 2
         assert tokens.confidence[sample] == pytest.approx(np.mean(likely), abs=1e-4)
         assert gated.confidence[sample] == pytest.approx(np.mean(likely[:2]), abs=1e-4)  # dx and dy of the first action
-        assert gated.notes["confidence"] == pytest.approx(np.mean(gated.confidence))
+        assert gated.at(sample)[3] == {"confidence": gated.confidence[sample], "averaged": 1.0}
 
 
 def test_decoders_take_turns_behind_one_prefix(bundle) -> None:
@@ -205,7 +205,7 @@ def test_decoders_take_turns_behind_one_prefix(bundle) -> None:
     for _ in range(2):
         for name, decoder in DECODERS.items():
             together = decoder.decode(shared)
-            assert shared.prefix.cache.lengths == [shared.prefix.length] * bundle.config.transformer.depth, name
+            assert shared.prefix.cache.length == shared.prefix.length, name
             alone = decoder.decode(given(bundle))
             assert np.array_equal(together.actions, alone.actions), name
 
@@ -219,6 +219,7 @@ def test_a_batch_gives_what_single_samples_give(bundle, name: str) -> None:
         assert np.allclose(both.actions[sample], alone.actions[0], atol=1e-5)
         assert both.at(sample)[:2] == alone.at(0)[:2]
         assert both.at(sample)[2] == pytest.approx(alone.at(0)[2], abs=1e-5)
+        assert both.at(sample)[3] == pytest.approx(alone.at(0)[3], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -262,9 +263,9 @@ def test_the_ensemble_is_made_of_its_two_answers(bundle) -> None:
     spoken = EnsembleDecoder(mode="tokens").decode(given(bundle))
     never = EnsembleDecoder(threshold=1.0).decode(given(bundle))
     assert np.array_equal(never.actions, diffused.actions)
-    assert never.notes["averaged"] == 0.0 and never.ids == [(), ()]
+    assert never.notes["averaged"] == [0.0, 0.0] and never.ids == [(), ()]
     always = EnsembleDecoder(threshold=0.0).decode(given(bundle))
-    assert always.notes["averaged"] == 1.0 and always.ids == spoken.ids
+    assert always.notes["averaged"] == [1.0, 1.0] and always.ids == spoken.ids
     mean = (diffused.actions + spoken.actions) / 2
     assert np.array_equal(always.actions[..., :2], mean[..., :2])
     assert np.array_equal(always.actions[..., 2], np.sign(mean[..., 2]))
@@ -276,7 +277,7 @@ def test_every_sample_of_a_batch_has_its_own_gate(bundle) -> None:
     assert high - low > 1e-3
     out = EnsembleDecoder(threshold=(low + high) / 2).decode(given(bundle))
     sure = int(np.argmax(out.confidence))
-    assert out.notes["averaged"] == 0.5
+    assert [out.at(sample)[3]["averaged"] for sample in (sure, 1 - sure)] == [1.0, 0.0]
     for sample, threshold in ((sure, 0.0), (1 - sure, 1.0)):
         expected = EnsembleDecoder(threshold=threshold).decode(given(bundle))
         assert np.array_equal(out.actions[sample], expected.actions[sample])

@@ -1,10 +1,12 @@
 """The block length that a decoder takes from what passes cost."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from tests.contracts.test_decoders import decode, model_of, prompt, tokenizer_of
+from tests.contracts.test_decoders import behind, bundle_for, decode, model_of, prompt, tokenizer_of
 from vla.decoding import costs
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
@@ -48,11 +50,33 @@ def test_a_length_left_to_the_device_is_exact_whatever_it_is(decoder) -> None:
     model, grammar = model_of(tokenizer, 1), Grammar(tokenizer, 8, 2)
     suffixes = [
         TokenSuffix(model, model.prefix(model.prefix_segments(*prompt(1, 1)), grammar.values), "words")
-        for _ in range(3)
+        for _ in range(4)
     ]
     greedy, _ = decode(AutoregressiveDecoder(), model, grammar, prompt(1, 1))
     draft = tuple(greedy.ids[0])
-    for suffix, length in zip(suffixes, (3, 7, 16)):
+    for suffix, length in zip(suffixes, (1, 3, 7, 16)):  # 1: a draft does not pay, and there is none
         out = decoder.generate(suffix, grammar, [Hint(draft=draft, length=length)])
-        assert out.ids == greedy.ids
-        assert out.passes == -(-16 // length) or (isinstance(decoder, SpeculativeDecoder) and out.passes < 6)
+        assert out.ids == greedy.ids and out.passes == -(-16 // length)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [JacobiDecoder(head="words"), SpeculativeDecoder("shallow", 0, head="words")],
+    ids=["jacobi", "speculative"],
+)
+def test_costs_are_measured_once_whatever_batches_come(decoder, monkeypatch) -> None:
+    tokenizer, costly, measured = tokenizer_of("bins"), {n: float(n) for n in costs.LENGTHS}, []
+    monkeypatch.setattr("vla.decoding.base.pass_costs", lambda suffix: measured.append(suffix.batch) or costly)
+    bundle, grammar, kept = bundle_for(tokenizer, 1), Grammar(tokenizer, 8, 2), {}
+    for batch in (1, 2, 1, 3):
+        given = behind(bundle, grammar, prompt(1, batch), costs=kept)
+        assert decoder.decode(given).passes == 16  # every token costs as much as a pass, so passes have one
+    assert measured == [1]
+
+
+def test_tokens_that_do_not_divide_the_chunk_are_constrained() -> None:
+    """Two values per token: of five, the last cannot be reached, and no token may pass for fitting there."""
+    twos = SimpleNamespace(vocab_size=3, token_lengths=np.full(3, 2))
+    logits, left = torch.zeros(1, 2, 3), [[3, 1]]
+    assert Grammar(twos, 5, 1).constrain(logits, left)[0].tolist() == [[0.0] * 3, [-torch.inf] * 3]
+    assert Grammar(twos, 6, 1).constrain(logits, [[4, 2]])[0].tolist() == [[0.0] * 3] * 2

@@ -91,7 +91,7 @@ def test_threshold_1_is_the_whole_model(setting) -> None:
         out, suffix = setting.decode(decoder, seed, prompts)
         assert out.ids == greedy.ids and out.passes == greedy.passes
         assert out.confidence == pytest.approx(greedy.confidence, abs=1e-4)
-        assert out.notes == {"layers": out.passes * DEPTH, "exits": 0.0}
+        assert out.notes == {"layers": out.passes * DEPTH, "exits": [0.0, 0.0]}
         assert suffix.length == out.passes  # nothing waits
 
 
@@ -101,7 +101,7 @@ def test_threshold_0_is_the_shallow_model(setting) -> None:
         prompts = prompt(seed, 1)
         out, suffix = setting.decode(EarlyExitDecoder(threshold=0.0), seed, prompts)
         assert out.ids == [shallow_greedy(setting.models[seed % 3], setting.grammar, prompts)]
-        assert out.notes == {"layers": out.passes * EXIT, "exits": 1.0}
+        assert out.notes == {"layers": out.passes * EXIT, "exits": [1.0]}
         assert suffix.length == 0  # no token was ever whole
         greedy, _ = setting.decode(AutoregressiveDecoder(), seed, prompts)
         different += out.ids != greedy.ids
@@ -115,7 +115,7 @@ def test_keys_and_values_behind_a_synchronisation_are_those_of_the_whole_model(s
         prompts = prompt(seed, batch)
         out, suffix = setting.decode(EarlyExitDecoder(threshold=0.4), seed, prompts)
         assert (suffix.host is None) == (batch > 1)  # both ways of running a part of the depth
-        exits.append(out.notes["exits"])
+        exits += out.notes["exits"]
         count = min(suffix.length, *map(len, out.ids))  # behind the end of a sample stands what nobody reads
         if not count:
             continue
@@ -126,7 +126,7 @@ def test_keys_and_values_behind_a_synchronisation_are_those_of_the_whole_model(s
         with torch.inference_mode():
             whole.logits(inputs)
         cache, end = suffix.prefix.cache, suffix.prefix.length + count
-        assert cache.lengths == [suffix.prefix.length + suffix.length] * DEPTH
+        assert cache.length == suffix.prefix.length + suffix.length
         for mine, other in ((cache.keys, whole.prefix.cache.keys), (cache.values, whole.prefix.cache.values)):
             assert torch.allclose(mine[..., :end, :], other[..., :end, :], atol=1e-5)
     assert 0.2 < np.mean(exits) < 0.8 and compared > 10
@@ -135,7 +135,7 @@ def test_keys_and_values_behind_a_synchronisation_are_those_of_the_whole_model(s
 def test_waiting_tokens_are_counted_once() -> None:
     setting = Setting("bins")
     out, suffix = setting.decode(EarlyExitDecoder(threshold=0.4), 1, prompt(1, 1))
-    exits = round(out.notes["exits"] * setting.grammar.values)
+    exits = round(out.notes["exits"][0] * setting.grammar.values)
     deep_calls = setting.grammar.values - exits  # one sample: every token that stays calls the deep layers
     assert out.passes == setting.grammar.values
     assert out.notes["layers"] == out.passes * EXIT + deep_calls * (DEPTH - EXIT)
@@ -154,13 +154,9 @@ def test_a_batch_gives_what_single_samples_give(setting, decoder) -> None:
         alone = [setting.decode(decoder, seed, sample_of(prompts, row))[0] for row in range(3)]
         assert together.ids == [one.ids[0] for one in alone]
         assert together.confidence == pytest.approx([one.confidence[0] for one in alone], abs=1e-4)
-        count = sum(map(len, together.ids))
-        exits = sum(one.notes["exits"] * len(one.ids[0]) for one in alone) / count
-        assert together.notes["exits"] == pytest.approx(exits)
-        if "threshold" in together.notes:
-            mean = np.mean([one.notes["threshold"] for one in alone])
-            assert together.notes["threshold"] == pytest.approx(mean)
-            different.add(round(float(mean), 6))
+        for name in set(together.notes) - {"layers"}:
+            assert together.notes[name] == pytest.approx([one.notes[name][0] for one in alone])
+        different |= {round(value, 6) for value in together.notes.get("threshold", ())}
     assert len(different) != 1  # an adaptive threshold moves
 
 
@@ -268,7 +264,7 @@ def test_calibration_measures_this_policy() -> None:
     given = DecodeInput(policy, prefixes[0], [0], [InferContext()], _grammar(policy))
     alpha, beta = mixture.parameters
     out = AdaptiveEarlyExitDecoder(0, alpha[0], beta[0], alpha[1], beta[1]).decode(given)
-    assert out.actions.shape == (1, 4, 3) and out.repaired == [0] and 0 <= out.notes["threshold"] <= 1
+    assert out.actions.shape == (1, 4, 3) and out.repaired == [0] and 0 <= out.notes["threshold"][0] <= 1
     with pytest.raises(ConfigError, match="prefixes"):
         measured(policy, [])
 

@@ -92,7 +92,7 @@ def test_keeping_all_changes_no_bit(batch, selection) -> None:
     plain, kept = prefix_of(model, args), prefix_of(model, args, selection)
     assert torch.equal(plain.cache.keys, kept.cache.keys) and torch.equal(plain.cache.values, kept.cache.values)
     assert torch.equal(plain.bias, kept.bias) and all(map(torch.equal, plain.rotary, kept.rotary))
-    assert plain.length == kept.length and plain.cache.lengths == kept.cache.lengths
+    assert plain.length == kept.length and plain.cache.length == kept.cache.length
     ids = torch.randint(0, 11, (batch, 4))
     one, other = TokenSuffix(model, plain, "words").logits(ids), TokenSuffix(model, kept, "words").logits(ids)
     assert torch.equal(one, other)
@@ -112,7 +112,7 @@ def test_the_survivors_go_on_as_a_shorter_prefix_with_their_old_positions(layer)
     x = torch.cat([s.embeddings for s in segments], dim=1)
     x = model.transformer([x, None], positions, mask, whole, 0, range(layer))[0]
     assert prefix.length == 27 - 20 + keep and prefix.cache.capacity == prefix.length + 6
-    assert prefix.cache.lengths == [prefix.length] * 3
+    assert prefix.cache.length == prefix.length
     for sample in range(2):
         best = np.argsort(-by_svd(x[sample, GRID].numpy()))[:keep]
         expected = sorted(GRID[place] for place in best)

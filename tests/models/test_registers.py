@@ -133,7 +133,7 @@ def test_the_cache_holds_registers_and_the_rest(layer: int, count: int) -> None:
     model = model_with(layer, count)
     prefix = model.prefix(model.prefix_segments(*inputs(2)), 6)
     length = count + REST + (GRID if layer == DEPTH else 0)
-    assert prefix.length == length and prefix.cache.lengths == [length] * DEPTH
+    assert prefix.length == prefix.cache.length == length
     assert prefix.cache.capacity == length + 6 == prefix.bias.shape[2]
     assert prefix.kept is None  # nobody chose
 

@@ -1,9 +1,12 @@
 """The model as a whole: shapes, the instruction reaches the image encoders, segments and caches agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vla.models.heads import HeadConfig
+from vla.models.host import MOST_TIMES, HostSuffix
 from vla.models.masks import MaskRule
 from vla.models.suffix import TokenSuffix
 from vla.models.transformer import ExpertConfig, TransformerConfig
@@ -229,6 +232,35 @@ def test_every_head_behind_the_cache_equals_the_joint_training_pass(batch: int) 
         pieces = [suffix.logits(part) for part in ids.split([1, 3, 4], dim=1)]
         assert torch.allclose(torch.cat(pieces, dim=1), both.tokens.logits(whole[-1][:, 7:]), atol=1e-5)
         prefix.cache.truncate(prefix.length)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_continuous_heads_of_one_sample_run_in_numpy_and_equal_torch(activation: str, monkeypatch) -> None:
+    model = make(**{**SEVERAL, "transformer": replace(SEVERAL["transformer"], activation=activation)})
+    args, step = inputs(1), torch.tensor([3])
+
+    def answers():
+        noisy = torch.linspace(-1, 1, 8).view(1, 4, 2)
+        prefix = model.prefix(model.prefix_segments(*args), model.config.suffix_room)
+        flow = [model.velocity(prefix, "flow", noisy, torch.tensor([time])) for time in (1.0, 0.3, 1.0)]
+        return torch.stack([*flow, model.parallel_actions(prefix, "once"), model.noise(prefix, "both", noisy, step)])
+
+    ran, usual = [], HostSuffix.hidden
+    monkeypatch.setattr(HostSuffix, "hidden", lambda *given: ran.append(1) or usual(*given))
+    for _ in range(3):
+        for weight in model.parameters():  # copies, and what they keep of each time, are made anew
+            weight.normal_(std=0.2)
+        ran.clear()
+        host = answers()
+        assert len(ran) == 5
+        with monkeypatch.context() as patched:
+            patched.setattr(Vla, "host_weights", lambda self, head: None)
+            assert torch.allclose(host, answers(), atol=1e-5)
+        assert torch.equal(host[0], host[2]) and not torch.allclose(host[0], host[1], atol=1e-3)
+    for time in torch.linspace(0, 1, 2 * MOST_TIMES):
+        model.host_weights("flow").norms(float(time))
+    assert len(model.host_weights("flow")._norms) <= MOST_TIMES  # whatever a caller asks for
 
 
 @torch.inference_mode()

@@ -51,6 +51,16 @@ def test_a_batch_gives_what_single_inferences_give(policy) -> None:
         assert one.report.ids == alone.report.ids
 
 
+def test_every_robot_of_a_batch_gets_its_own_notes(tiny_bundle) -> None:
+    class Noting(AutoregressiveDecoder):
+        def decode(self, given):
+            return replace(super().decode(given), notes={"layers": 7.0, "cut": [1.0, 2.0]})
+
+    policy = VlaPolicy.from_bundle(tiny_bundle, Noting())
+    results = policy.infer_batch([observation(1), observation(2)], [InferContext()] * 2)
+    assert [r.report.notes for r in results] == [{"layers": 7.0, "cut": 1.0}, {"layers": 7.0, "cut": 2.0}]
+
+
 def test_sampling_follows_the_seed(tiny_bundle) -> None:
     policy = VlaPolicy.from_bundle(tiny_bundle, AutoregressiveDecoder(temperature=1.0))
     draw = [infer(policy, observation(), InferContext(seed=s)).report.ids for s in (1, 1, 2)]

@@ -59,7 +59,7 @@ def _seeds() -> list[bytes]:
     """Honest messages of every kind."""
     actions = np.zeros((2, 2), np.float32)
     seen = Observation({"front": np.zeros((4, 4, 3), np.uint8)}, np.zeros(2, np.float32), "push", 5)
-    context = InferContext(ActionChunk(actions, 1, 0.05), (1, 2), 1, actions[:1], 3, 4, 5)
+    context = InferContext(ActionChunk(actions, 1, 0.05), 1, actions[:1], 3, 4, 5)
     answer = protocol.write_answer(InferResult(ActionChunk(actions, 1, 0.05)), {"infer_ms": 1.0})
     bare = {"observation/images/front": seen.images["front"], "observation/state": [0.0, 1], "prompt": "push"}
     messages = [protocol.write_request(seen, context), bare, answer, HELLO.to_dict(), {"x": np.float32(1)}]

@@ -37,7 +37,7 @@ def context(seed: int = 0, robot: Embodiment = ROBOT, **changes: Any) -> InferCo
     rng = np.random.default_rng(seed)
     actions = rng.normal(size=(4, robot.action_dim)).astype(np.float32)
     given = {
-        "previous": ActionChunk(actions, 900, 0.05), "previous_ids": (3, 1, seed), "executed": 2,
+        "previous": ActionChunk(actions, 900, 0.05), "executed": 2,
         "committed": actions[2:3], "start_ns": 2_000, "seed": seed, "episode_seed": 10 + seed,
     }  # fmt: skip
     return InferContext(**{**given, **changes})

@@ -79,7 +79,7 @@ def steps(policy: Policy, number: int) -> Iterator[tuple[bytes, str]]:
     previous = None
     for step in range(6):
         executed = 0 if previous is None else 4
-        asked = InferContext(previous, (), executed, None, 10**9 + 4 * step * 50_000_000, step)
+        asked = InferContext(previous, executed, None, 10**9 + 4 * step * 50_000_000, step)
         result = infer(policy, observation(10 * number + step, instruction="push"), asked)
         previous = result.chunk
         yield previous.actions.tobytes(), result.report.reused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 
 import msgpack
@@ -96,10 +95,8 @@ def test_a_large_message_of_small_things_costs_next_to_nothing(item: bytes) -> N
     count = 2**24 // len(item)
     data = b"\xdd" + count.to_bytes(4, "big") + item * count
     tracemalloc.start()
-    began = time.perf_counter()
     with pytest.raises(TransportError, match=f"more than {MAX_ITEMS}"):
         decode(data)
-    assert time.perf_counter() - began < 1.0
     assert (
         tracemalloc.get_traced_memory()[1] < 2 * len(data) + 2**23
     )  # the library's copy of the bytes, and little else

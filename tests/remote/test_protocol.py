@@ -94,11 +94,12 @@ def test_what_does_not_fit_is_named(changes: dict[str, object], message: str) ->
 @pytest.mark.parametrize(
     ("key", "value"),
     [("actions", np.zeros((0, 7))), ("actions", np.full((1, 7), np.inf)), ("period_s", 0.0), ("period_s", 1),
-     ("period_s", float("nan")), ("ids", [-1]), ("ids", np.zeros(2)), ("ids", [1.0]), ("start_ns", "now")],
+     ("period_s", float("nan")), ("start_ns", "now")],
 )  # fmt: skip
 def test_a_previous_chunk_that_was_none_is_refused(key: str, value: object) -> None:
-    given = {"actions": np.zeros((2, 7)), "period_s": 0.05, "ids": [1], "start_ns": 3}
+    given = {"actions": np.zeros((2, 7)), "period_s": 0.05, "start_ns": 3}
     read_request(sent(bare(previous=given)), ROBOT)
+    read_request(sent(bare(previous={**given, "ids": [1]})), ROBOT)  # clients of the first release send its tokens
     with pytest.raises(ObservationError, match=r"previous|start_ns"):
         read_request(sent(bare(previous={**given, key: value})), ROBOT)
 

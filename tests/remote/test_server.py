@@ -45,7 +45,7 @@ def requests(policy: Policy, count: int) -> list[tuple[object, InferContext]]:
     robot = policy.embodiment
     out = []
     for i in range(count):
-        asked = context(i, robot, previous_ids=(), episode_seed=None) if i % 2 else InferContext(seed=i)
+        asked = context(i, robot, episode_seed=None) if i % 2 else InferContext(seed=i)
         out.append((observation(i, robot), asked))
     return out
 

@@ -23,6 +23,7 @@ COLUMNS = (
 )  # fmt: skip
 INFERENCE = (
     "infer_stamp_ns", "infer_start_ns", "infer_end_ns", "infer_ms", "infer_passes", "infer_repaired", "infer_accepted",
+    "infer_confidence", "infer_reused",
 )  # fmt: skip
 
 
@@ -85,6 +86,25 @@ def test_what_a_decoder_told_is_kept_per_inference(recorded, tmp_path):
     loaded = Trace.load_mcap(recorded.save_mcap(tmp_path / "trace.mcap"))
     assert loaded.infer_notes[loaded.inferences - 2] == told[0] and loaded.infer_notes[0] == {}
     assert np.isnan(loaded.infer_notes[loaded.inferences - 1]["moved"])
+
+
+def test_every_reuse_is_kept_with_its_reason_and_older_traces_have_none(recorded, tmp_path, monkeypatch):
+    why = "angle 3.0 deg below 10, overlap 0.90 above 0.7"
+    recorded.inference(10**12, 10**12, 1.0, DecodeReport(confidence=0.25, reused=why))
+    recorded.inference(10**12, 10**12, 1.0)
+    path, last = recorded.save_mcap(tmp_path / "trace.mcap"), slice(recorded.inferences - 3, recorded.inferences)
+    loaded = Trace.load_mcap(path)
+    assert loaded.infer_reused[last] == ["", why, ""]
+    np.testing.assert_array_equal(loaded.infer_confidence[last], [1.0, 0.25, np.nan])
+    whole = Trace._inference_message
+
+    def without(self, row):
+        return {key: value for key, value in whole(self, row).items() if key not in ("confidence", "notes", "reused")}
+
+    monkeypatch.setattr(Trace, "_inference_message", without)
+    older = Trace.load_mcap(recorded.save_mcap(tmp_path / "older.mcap"))
+    assert older.inferences == recorded.inferences and set(older.infer_reused[: older.inferences]) == {""}
+    assert np.isnan(older.infer_confidence).all()
 
 
 def test_a_cleared_trace_begins_anew(recorded):

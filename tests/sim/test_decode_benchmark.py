@@ -7,20 +7,46 @@ import numpy as np
 import pytest
 import torch
 
+from policies.parts import Parts
 from policies.vla_policy import VlaPolicy
 from sim import decode_benchmark as bench
 from sim import decode_costs, decode_entries
-from sim.evaluate import EpisodeRecord, EvalConfig
-from vla import configs
-from vla.cli import main
-from vla.decoding.costs import LENGTHS
+from sim.evaluate import EpisodeRecord, EvalConfig, Report
+from tests.conftest import tiny_config
+from vla.checkpoints.bundle import save
+from vla.cli import bench_decode, main
+from vla.decoding.costs import LENGTHS, settled_per_pass
 from vla.errors import DataError
+from vla.models.pruning import TokenSelection, prefix_flops
 from vla.resources import bundle_path
+from vla.training.recipes import HeadRecipe, TokenizerRecipe
+from vla.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def policy(tiny_bundle) -> VlaPolicy:
     return VlaPolicy.from_bundle(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def seen(policy):
+    return decode_costs.observations(policy, EvalConfig(episodes=1), 6)
+
+
+def entries(*names: str) -> list[decode_entries.Entry]:
+    return [entry for entry in decode_entries.ENTRIES if entry.name in names]
+
+
+def cost(ids, passes: int = 1, actions=None, **changes) -> decode_costs.Cost:
+    """Of so many chunks, each of which took 10 ms, half of them decoding."""
+    ones = np.ones(len(ids))
+    actions = [np.zeros((2, 3))] * len(ids) if actions is None else actions
+    return replace(
+        decode_costs.Cost(
+            10 * ones, 5 * ones, 4 * ones, passes * ones, np.array([len(row) for row in ids]), 0, ids, actions, 1e6
+        ),
+        **changes,
+    )
 
 
 def episode(seed: int, success: bool) -> EpisodeRecord:
@@ -56,25 +82,20 @@ def test_lines_that_a_bundle_cannot_serve_say_why(policy) -> None:
     assert "greedy FAST" in names and "greedy bins" not in names
     assert "Train one" in refused["flow, 10 steps"] and "bins" in refused["greedy bins"]
     assert "Train with heads.fast.exit_layer=2" in refused["early exit FAST"] and "continued FAST" in names
-    used = {entry.config for entry in decode_entries.ENTRIES}
-    assert used == set(configs.names("decoder"))  # every decoder is measured
-    assert {entry.reference for entry in decode_entries.ENTRIES if entry.reference} <= {
-        e.name for e in decode_entries.ENTRIES
-    }
 
 
-def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
-    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 4)
+def test_costs_are_of_all_decoders_on_the_same_observations(policy, seen) -> None:
+    seen = seen[:4]
     assert seen[0][1].previous is None and seen[1][1].previous is not None  # contexts as in the loop
-    entries = [e for e in decode_entries.ENTRIES if e.name in ("greedy FAST", "jacobi FAST, 4")]
+    lines = entries("greedy FAST", "jacobi FAST, 4")
     ticks = []
-    costs = decode_costs.costs(policy, entries, seen, lambda: ticks.append(1))
-    greedy, jacobi = (costs[e.name] for e in entries)
+    costs = decode_costs.costs(policy, lines, seen, lambda: ticks.append(1))
+    greedy, jacobi = (costs[e.name] for e in lines)
     assert len(ticks) == 3 + 4 and len(greedy.ids) == len(jacobi.ids) == 4
     assert greedy.ids == jacobi.ids
     assert (greedy.passes == greedy.tokens).all() and (jacobi.passes <= greedy.passes).all()
     assert jacobi.flops > greedy.flops > 1e6  # it looks at tokens that it throws away
-    row = bench.row(entries[1], costs, 8, {})
+    row = bench.row(lines[1], costs, 8, {})
     assert row["same_chunks"] == 1.0 and row["rms_to_reference"] == 0.0 and row["success_rate"] is None
     assert set(row) >= {
         "decoder", "config", "exact", "passes_per_chunk", "ms_per_chunk", "tokens_per_s", "actions_per_s", "refresh_hz",
@@ -85,46 +106,164 @@ def test_costs_are_of_all_decoders_on_the_same_observations(policy) -> None:
     assert list(curve) == list(LENGTHS) and all(ms > 0 for ms in curve.values())
 
 
-def test_anytime_error_falls_with_the_deadline(policy) -> None:
-    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 6)
-    greedy = next(e for e in decode_entries.ENTRIES if e.name == "greedy FAST")
-    cost = decode_costs.costs(policy, [greedy], seen)["greedy FAST"]
-    slow = replace(cost, total_ms=np.full(6, 1e5), decode_ms=np.full(6, 1e5 - 0.1))
-    first, *_, last = decode_costs.anytime_curve(policy, "fast", seen, slow, points=3)
-    assert first.deadline_ms < 1 and 0 < first.cut <= 1 and first.rms > 0  # frequency 0 is all there is
+class Clockless:
+    ms = 0.0
+
+
+def test_every_entry_has_its_own_history(policy, seen) -> None:
+    for entry in entries("greedy FAST", "ensembled FAST", "continued FAST"):
+        run = decode_costs._Run(policy, entry)
+        for observation, context in seen:
+            run.step(observation, context, Clockless())
+        for number, ((_, told), (_, context)) in enumerate(zip(run.told, seen)):
+            assert (told.previous is None) == (context.previous is None) and told.executed == context.executed
+            if told.previous is not None:
+                mine, _ = run.took[number - 1]
+                assert np.array_equal(told.previous.actions, mine.chunk.actions), entry.name
+                assert told.previous.start_ns == context.previous.start_ns
+                kept = mine.chunk.actions[told.executed :][: len(context.committed)]
+                assert len(kept) and np.array_equal(told.committed, kept)
+
+
+def test_entries_take_turns_in_an_order_drawn_for_each_observation(policy, seen, monkeypatch) -> None:
+    monkeypatch.setattr(decode_costs, "_flops", lambda *_: 1.0)
+    monkeypatch.setattr(decode_costs, "_flips", lambda *_: {})
+    step, turns = decode_costs._Run.step, []
+
+    def noted(self, observation, *rest):
+        turns.append(self.parts.decoder.head + str(getattr(self.parts.decoder, "window", "")))
+        step(self, observation, *rest)
+
+    monkeypatch.setattr(decode_costs._Run, "step", noted)
+    lines = [
+        replace(entry, options=("head=fast", f"window={n}"))
+        for n, entry in enumerate(entries("jacobi FAST", "jacobi FAST, 4", "speculative FAST, previous chunk"), 2)
+        if entry.config == "jacobi"
+    ]
+    drawn = []
+    for seed in (0, 0, 1):
+        turns.clear()
+        decode_costs.costs(policy, lines, seen, seed=seed)
+        drawn.append([tuple(turns[at : at + 2]) for at in range(0, len(turns), 2)])
+    assert {frozenset(turn) for turn in drawn[0]} == {frozenset({"fast2", "fast3"})}  # each once per observation
+    assert len(set(drawn[0])) == 2 and drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_ensembling_and_continuing_change_is_no_equal_chunk(policy, seen, monkeypatch) -> None:
+    monkeypatch.setattr(decode_costs, "_flops", lambda *_: 1.0)
+    lines = entries("greedy FAST", "greedy FAST, again", "ensembled FAST")
+    costs = decode_costs.costs(policy, lines, seen)
+    again, mean = (bench.row(line, costs, 8, {}) for line in lines[1:])
+    assert again["same_chunks"] == 1 and again["rms_to_reference"] == 0 and again["bf16_flips"] == 0
+    assert mean["same_chunks"] < 1 and mean["rms_to_reference"] > 0
+
+
+def test_anytime_error_falls_with_the_deadline(policy, seen) -> None:
+    first, last = decode_costs.anytime_curve(policy, "fast", seen, (0.1, 1e5))
+    assert 0 < first.cut <= 1 and first.rms > 0  # frequency 0 is all there is
     assert last.cut == 0 and last.rms == pytest.approx(0, abs=1e-6) and last.ms > first.ms
 
 
-def test_tokens_that_never_change_are_not_counted_as_settled() -> None:
-    chunk = np.zeros((2, 3))
-    ids = [(5, 9, 7, 5, 1, 7), (5, 2, 7, 5, 3, 8)]  # the first of three values is always 5
+def test_the_deadline_cuts_half_of_the_values() -> None:
+    def curve(*cuts):
+        return [decode_costs.Cut(10.0 + 4 * place, 0, cut, 0) for place, cut in enumerate(cuts)]
 
-    def cost(ids):
-        ones = np.ones(2)
-        return decode_costs.Cost(ones, ones, ones, ones, np.full(2, 6), 0, ids, [chunk] * 2, 1.0)
-
-    assert bench.moving_share(cost(ids), 3) == pytest.approx(2 / 3)
-    assert bench.moving_share(cost([(1, 2), (1, 2, 3)]), 3) == 1.0  # FAST: a token is no value
+    assert decode_costs.half_cut(curve(0.9, 0.6, 0.4, 0.0)) == 16.0
+    assert decode_costs.half_cut(curve(0.3, 0.1, 0.0)) == 10.0  # never: the shortest
+    assert 10 < decode_costs.half_cut(curve(0.8, 0.85, 0.3, 0.31, 0.0)) < 18
 
 
-def test_time_outside_the_passes_and_flips_in_bf16_are_measured(policy) -> None:
-    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 3)
-    entries = [e for e in decode_entries.ENTRIES if e.name in ("greedy FAST", "jacobi FAST", "anytime FAST")]
-    costs = decode_costs.costs(policy, entries, seen)
+def test_one_share_of_moving_values_serves_all_heads() -> None:
+    lines = entries("greedy bins", "greedy distilled", "greedy FAST")
+    ids = [[(5, 9, 7, 5, 1, 7)] * 2, [(1, 2, 3, 4, 5, 6)] * 2, [(1, 2), (1, 2, 3)]]
+    costs = {line.name: cost(said, passes=2) for line, said in zip(lines, ids)}
+    per_pass = [bench.row(line, costs, 8, {}, moving=2 / 3)["tokens_per_pass"] for line in lines]
+    assert per_pass == [2.0, 2.0, 1.25]  # a FAST token is no value
+
+
+def test_rows_without_their_reference_say_nothing_of_it() -> None:
+    (flow,) = entries("flow, 4 steps")
+    costs = {flow.name: cost([(), ()]), "greedy FAST": cost([(1,), (2,)], total_ms=np.full(2, 20.0))}
+    row = bench.row(flow, costs, 8, {flow.name: Report({}, (episode(1, True),))})
+    assert row["reference"] == "greedy bins" and row["speedups"] == {"greedy FAST": 2.0}
+    for key in ("speedup", "same_chunks", "rms_to_reference", "paired_difference"):
+        assert row[key] is None, key
+    assert row["success_rate"] == 1.0 and all(bench_decode._costs(row)) is False and bench_decode._work(row)
+
+
+def test_the_ensemble_is_paired_with_each_of_its_halves() -> None:
+    names = ["greedy bins", "diffusion, 4 steps", "hybrid tokens", "hybrid ensemble"]
+    lines = {entry.name: entry for entry in entries(*names)}
+    assert [entry.name for entry in decode_entries.chosen(names[3:])] == [names[0], "greedy bins, again", *names[1:]]
+    costs = {name: cost([(), ()], notes={"averaged": 0.25, "layers": 12.0, "missed": 0.5}) for name in names}
+    won = {"greedy bins": 2, "diffusion, 4 steps": 1, "hybrid tokens": 3, "hybrid ensemble": 4}
+    reports = {name: Report({}, tuple(episode(i, i < won[name]) for i in range(4))) for name in names}
+    row = bench.row(lines["hybrid ensemble"], costs, 8, reports)
+    differences = [row["paired_difference"], *row["further_differences"]]
+    assert {d["to"]: d["points"] for d in differences} == {
+        "greedy bins": 50.0, "hybrid tokens": 25.0, "diffusion, 4 steps": 75.0,
+    }  # fmt: skip
+    assert "wilson_95" not in differences[0] and len(differences[0]["newcombe_95"]) == 2
+    assert [line[-1] for line in bench_decode._success(row)] == [d["to"] for d in differences]
+    assert row["averaged"] == 0.25 and row["layers"] == 12.0 and row["notes"] == {"missed": 0.5}
+    assert "25 %" in bench_decode._work(row) and "12.0" in bench_decode._costs(row)
+    del reports["greedy bins"]
+    row = bench.row(lines["hybrid ensemble"], costs, 8, reports)
+    assert row["paired_difference"] is None and len(row["further_differences"]) == 2
+
+
+def test_agreement_is_that_of_windows_and_of_drafts() -> None:
+    jacobi, draft = entries("jacobi bins, 8", "speculative bins, previous chunk")
+    for line, length, notes in ((jacobi, 8, {"window": 8.0}), (draft, 9, {})):
+        settled = float(settled_per_pass(length, 0.7))
+        of = cost([tuple(range(1000))] * 2, notes=notes, passes=1000 / settled)
+        row = bench.row(line, {line.name: of}, 8, {})
+        assert row["window"] == length and row["agreement"] == pytest.approx(0.7, abs=1e-3)
+        assert "0.70" in bench_decode._work(row)
+
+
+def test_repaired_tokens_are_counted_not_chunks(policy, seen) -> None:
+    run = decode_costs._Run(policy, entries("greedy FAST")[0])
+    for observation, context in seen[:2]:
+        run.step(observation, context, Clockless())
+    run.took = [(replace(r, report=replace(r.report, repaired=3)), ms) for r, ms in run.took]
+    assert run.cost(policy.bundle, 1.0, None).repaired == 6
+
+
+def test_flops_hold_the_eigendecomposition_of_pruning(policy, seen) -> None:
+    parts = entries("greedy FAST")[0].parts
+    scored = TokenSelection(1, 0.5, drop=False)  # the suffix stays as it is
+    plain, more = (decode_costs._flops(policy, Parts(parts.decoder, s), seen[:2]) for s in (None, scored))
+    policy.selection = None
+    config = policy.bundle.config
+    assert more - plain == prefix_flops(config, scored) - prefix_flops(config) > 9 * config.visual_tokens**3
+
+
+def test_flips_are_those_from_greedy_whatever_else_is_measured(policy, seen) -> None:
+    (line,) = entries("jacobi FAST, 4")
+    kept = policy.decoder
+    flips = decode_costs._flips(policy, [line], {line.name: seen[:3]})
+    policy.decoder = kept
+    assert 0 <= flips[line.name] <= 1
+
+
+def test_time_outside_the_passes_and_flips_in_bf16_are_measured(policy, seen) -> None:
+    lines = entries("greedy FAST", "jacobi FAST", "anytime FAST")
+    costs = decode_costs.costs(policy, lines, seen[:3])
     for cost in costs.values():
         assert (cost.pass_ms > 0).all() and (cost.pass_ms < cost.decode_ms).all()
     assert costs["greedy FAST"].flips is None and costs["anytime FAST"].flips is None
-    assert 0 <= costs["jacobi FAST"].flips <= 1 and costs["jacobi FAST"].window >= 1
-    row = bench.row(entries[1], costs, 8, {})
+    assert 0 <= costs["jacobi FAST"].flips <= 1 and costs["jacobi FAST"].notes["window"] >= 1
+    row = bench.row(lines[1], costs, 8, {})
     assert row["overhead"] > 0 and row["speedups"].keys() == {"greedy FAST"}
 
 
-def test_flops_do_not_depend_on_where_a_pass_runs(policy) -> None:
+def test_flops_do_not_depend_on_where_a_pass_runs(policy, seen) -> None:
     """A one-token pass runs in numpy, where nothing counts: counting takes it to torch and back."""
-    seen = decode_costs.observations(policy, EvalConfig(episodes=1), 1)
-    entry = next(e for e in decode_entries.ENTRIES if e.name == "greedy FAST")
-    first = decode_costs._flops(policy, entry, seen)
-    assert first == decode_costs._flops(policy, entry, seen)
+    seen = seen[:1]
+    parts = entries("greedy FAST")[0].parts
+    first = decode_costs._flops(policy, parts, seen)
+    assert first == decode_costs._flops(policy, parts, seen)
     with decode_costs._in_torch():
         there = policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
     assert there == policy.infer_batch([seen[0][0]], [seen[0][1]])[0].report.ids
@@ -211,11 +350,15 @@ def test_a_cpu_is_not_waited_for(monkeypatch) -> None:
 
 def test_the_share_of_reuses_comes_from_the_policys_own_episodes() -> None:
     policy = VlaPolicy.from_bundle(bundle_path("tabletop"), threads=1)
-    entry = next(e for e in decode_entries.ENTRIES if e.name == "reused FAST")
-    reuse = decode_costs.reuse_share(policy, entry, EvalConfig(), episodes=3)
-    assert (
-        0 <= reuse.share <= 0.5 and sum(reuse.ms) <= 5 * len(reuse.ms) and policy.selection is None
-    )  # at most every other inference
+    rule = ("flashvla", "angle_deg=180", "overlap=0")  # the gripper and the cap decide alone
+    parts = Parts.named({"decoder": ("autoregressive", "head=fast"), "pruning": ("score",), "reuse": rule})
+
+    class Loose(decode_entries.Entry):
+        parts = property(lambda self: parts)
+
+    reuse = decode_costs.reuse_share(policy, Loose("loose", "autoregressive"), EvalConfig(), episodes=1)
+    assert 0 < reuse.share <= 0.5  # at most every other inference
+    assert 0 < sum(reuse.ms) <= 5 * len(reuse.ms) and policy.selection is None
 
 
 def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> None:
@@ -230,15 +373,49 @@ def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> Non
     assert (paired.gained, paired.lost) == (0, 0)
 
 
-def test_the_command_prints_and_writes(tiny_bundle, tmp_path, capsys) -> None:
-    arguments = ["bench", "decode", "--policy", str(tiny_bundle), "--observations", "10", "--out", str(tmp_path)]
-    assert main.main([*arguments, "--only", "jacobi FAST, 4"]) == 0
+@pytest.fixture(scope="module")
+def two_heads(tiny_dataset, tmp_path_factory):
+    """A bundle with FAST tokens and a flow, not trained at all."""
+    heads = {
+        "fast": HeadRecipe("tokens", TokenizerRecipe("fast", 128, 5.0), 16, 32),
+        "flow": HeadRecipe("flow", None, 16, 32, condition_width=8),
+    }
+    out = tmp_path_factory.mktemp("two-heads")
+    save(Trainer(tiny_config(tiny_dataset, out / "run", heads=heads, look_steps=0)).bundle(), out / "bundle")
+    return out / "bundle"
+
+
+def test_the_command_prints_and_writes(two_heads, tmp_path, capsys) -> None:
+    arguments = ["bench", "decode", "--policy", str(two_heads), "--observations", "10", "--out", str(tmp_path)]
+    only = ["jacobi FAST, 4", "anytime FAST", "flow, 4 steps", "flow, 5 steps, real-time chunking"]
+    assert main.main([*arguments, "--execute", "6", "--only", *only]) == 0
     out = capsys.readouterr().out
     assert "greedy FAST" in out and "jacobi FAST, 4" in out and "a pass over so many tokens" in out
+    assert "not served: greedy bins" in out and "values that move: 4 of 7 (dx, dy, dz, gripper)" in out
     results = json.loads((tmp_path / "decode.json").read_text())
-    assert [row["decoder"] for row in results["rows"]] == ["greedy FAST", "jacobi FAST, 4"]
+    rows = {row["decoder"]: row for row in results["rows"]}
+    assert set(rows) == {"greedy FAST", "greedy FAST, again", *only}
+    assert rows["flow, 4 steps"]["speedup"] is rows["flow, 4 steps"]["rms_to_reference"] is None
+    assert rows["jacobi FAST, 4"]["agreement"] is not None and rows["flow, 4 steps"]["speedups"]["greedy FAST"] > 0
+    deadlines = [cut["deadline_ms"] for cut in results["anytime"]]
+    assert deadlines[0] <= rows["anytime FAST"]["config"]["deadline_ms"] <= deadlines[-1] and len(deadlines) == 9
+    assert rows["flow, 5 steps, real-time chunking"]["notes"]["missed"] > 0  # a chunk was running
+    assert results["noise_floor"] == {"greedy FAST": rows["greedy FAST, again"]["speedup"]}
+    assert (results["execute"], results["episodes"], results["precision"]) == (6, 0, "float32")
+    assert results["bundle_hash"] and results["device"] and np.isfinite(rows["greedy FAST"]["ms_per_chunk"]["p50"])
     page = (tmp_path / "decode.md").read_text().splitlines()
-    assert {line.count("|") for line in page if line.startswith("|")} == {15} and "| jacobi FAST, 4 | yes |" in page[-1]
-    assert results["bundle_hash"] and np.isfinite(results["rows"][0]["ms_per_chunk"]["p50"])
+    tables = {titles: [line for line in page if line.count("|") == len(titles) + 1]
+              for titles in (bench_decode.COSTS, bench_decode.WORK, bench_decode.ANYTIME)}  # fmt: skip
+    assert [len(lines) for lines in tables.values()] == [8, 8, 11]  # titles, a rule, and the rows
+    assert {"tokens/s", "Hz"} <= set(bench_decode.COSTS) and {"repaired", "agreement"} <= set(bench_decode.WORK)
     assert main.main([*arguments, "--only", "jacobbi"]) == 2
     assert "Did you mean" in capsys.readouterr().err
+    assert main.main([*arguments, "--only", "greedy bins"]) == 2
+    assert "a line that this bundle serves" in capsys.readouterr().err
+
+
+def test_hardware_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert bench_decode._hardware(torch.device("cuda:1")) == "GPU 1"
+    monkeypatch.setattr(bench_decode.platform, "processor", lambda: "")
+    assert bench_decode._hardware(torch.device("cpu"))

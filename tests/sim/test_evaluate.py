@@ -186,6 +186,26 @@ def test_measure_runs_all_controls(tmp_path: Path) -> None:
     assert plain["success"] == {"successes": 1, "trials": 1, "rate": 1.0, "wilson_95": [0.2065, 1.0]}
 
 
+def test_reuses_are_counted_in_every_episode_and_in_the_report(environment: Any, tmp_path: Path) -> None:
+    class Reusing(Witness):
+        def infer_batch(self, observations: Any, contexts: Any) -> list[InferResult]:
+            results = super().infer_batch(observations, contexts)
+            reason = "angle" if len(self.seen) % 4 == 0 else ""
+            return [replace(result, report=replace(result.report, reused=reason)) for result in results]
+
+    policy = Reusing(ExpertPolicy(make_expert("tabletop", environment), environment.embodiment))
+    config = replace(STEPWISE, episodes=2, out=str(tmp_path))
+    report = evaluate(policy, config, environment=environment)
+    assert sum(e.reused for e in report.episodes) == report.reused == len(policy.seen) // 4 > 0
+    path = tmp_path / "none.json"
+    written = json.loads(path.read_text())
+    assert (written["inferences"], written["reused"]) == (len(policy.seen), report.reused)
+    assert f"reused chunks: {report.reused} of {len(policy.seen)}" in report.table()
+    del written["episodes"][0]["reused"]  # a report of the first release
+    path.write_text(json.dumps(written))
+    assert Report.read(path).reused is None and "reused" not in Report.read(path).table()
+
+
 def test_table_and_intervals() -> None:
     def record(seed: int, family: str, success: bool) -> EpisodeRecord:
         return EpisodeRecord(seed, family, family, "go", success, 9, None, None, 1, 1.0, {}, 9, 0)

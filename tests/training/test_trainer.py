@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
+from tests.models.test_vla import inputs, make
 from vla.cli import info
 from vla.data.lerobot import LeRobotDataset
 from vla.data.transforms import resize
 from vla.errors import ConfigError, DataError, StatisticsError
+from vla.models.heads import HeadConfig
+from vla.models.masks import MaskRule
+from vla.models.transformer import ExpertConfig, TransformerConfig
 from vla.tokenizers import FastTokenizer
 from vla.training import objectives
-from vla.training.branches import draw
+from vla.training.branches import branches, draw
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
 from vla.training.recipes import DistillRecipe, HeadRecipe, TokenizerRecipe
 from vla.training.trainer import Trainer, train
@@ -492,9 +496,62 @@ def test_a_student_of_another_name_stands_beside_its_teacher(tiny_dataset, tmp_p
         )  # fmt: skip
 
 
-def test_no_gradient_flows_through_the_target() -> None:
-    target, guess = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
-    loss = objectives.divergence(target.detach(), guess)
-    loss.backward()
-    assert target.grad is None and guess.grad.abs().sum() > 0
-    assert objectives.divergence(target, target).item() == pytest.approx(0, abs=1e-6)
+def test_no_gradient_flows_through_the_fixed_point() -> None:
+    """Of the three branches of a distilled head, that of the fixed point is a target and nothing more."""
+    model = make()
+    (head,) = model.config.heads
+    ids = torch.randint(0, 11, (3, 2, 8))
+    given = {name: {"words": value} for name, value in zip(("tokens", "settled", "iterate"), ids)}
+    given |= {"anchor": {"words": torch.tensor(2.0)}, "consistency": {"words": torch.tensor(3.0)}}
+    made, read = branches(model, head, given)
+    assert [segment.branch for segment in made[1:]] == ["words/0", "words/1"] and len(made) == 3
+    module = model.heads["words"]
+    for segment, tokens in zip(made, ids):
+        assert torch.equal(segment.embeddings, module.embed(module.shift(tokens)))
+    labels, settled, iterate = hidden = [torch.randn(2, 8, 16, requires_grad=True) for _ in range(3)]
+    losses = read([[states] for states in hidden])
+    losses["loss"].backward()
+    assert settled.grad is None and labels.grad.abs().sum() > 0 and iterate.grad.abs().sum() > 0
+    wanted, said = (module.logits(states).softmax(dim=-1) for states in (settled, iterate))
+    divergence = (wanted * (wanted / said).log()).sum(dim=-1).mean()
+    assert losses["consistency"].item() == pytest.approx(divergence.item(), rel=1e-4)
+    anchor = objectives.action_cross_entropy(module.logits(labels), ids[0])
+    assert losses["loss"].item() == pytest.approx(2 * anchor.item() + 3 * divergence.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flow", "parallel"])
+@torch.no_grad()
+def test_actions_of_one_chunk_see_each_other_in_training(kind: str) -> None:
+    experts = ExpertConfig(32, 64), ExpertConfig(16, 32, condition_width=8 if kind == "flow" else 0)
+    model = make(heads=(HeadConfig("own", kind, 1),), transformer=TransformerConfig(experts, 2, 4, 2, 8))
+    for weight in model.parameters():  # norms and read-outs that start at zero would hide what is asked
+        weight.add_(0.1 * torch.randn_like(weight))
+    (head,), args = model.config.heads, inputs()
+    given = {"chunk": torch.randn(2, 4, 2), "noise": torch.randn(2, 4, 2), "time": torch.full((2,), 0.5)}
+    (segment,), _ = branches(model, head, given)
+    assert segment.rule is MaskRule.BLOCK and segment.embeddings.shape[1] == 4
+    moved = replace(segment, embeddings=segment.embeddings.clone())
+    moved.embeddings[:, -1] += 1
+    condition = model.heads["own"].condition(given["time"]) if kind == "flow" else None
+    trunk = model.prefix_segments(*args)
+    first, other = (model.run([*trunk, one], condition)[-1][:, 0] for one in (segment, moved))
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_fixed_points_are_asked_for_anew_when_teacher_or_data_change(tiny_dataset, tmp_path, monkeypatch) -> None:
+    """Two students of one name and two teachers in one folder, and data that were recorded again."""
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    heads = {"bins": bins, "other": replace(bins)}
+    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads=heads, look_steps=0))
+
+    def folders(teacher: str) -> int:
+        recipe = replace(bins, distill=DistillRecipe(teacher=teacher, frames=16))
+        Trainer(
+            tiny_config(tiny_dataset, tmp_path / "both", init=str(tmp_path / "teacher/bundle"), freeze=True,
+                        heads={"student": recipe})
+        )  # fmt: skip
+        return len(list((tmp_path / "both").glob("greedy-*")))
+
+    assert [folders(teacher) for teacher in ("bins", "bins", "other")] == [1, 1, 2]
+    monkeypatch.setattr(LeRobotDataset, "fingerprint", "recorded again")
+    assert folders("bins") == 3

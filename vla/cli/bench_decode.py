@@ -8,21 +8,25 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vla.errors import ConfigError, explain, nearest
+from vla.errors import ConfigError, explain
 from vla.files import write_text
 
-EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, warm-up left out. ms per chunk
-holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the time to the first action.
-Inferences that reuse a chunk count among them. actions/s is executed actions over inference time, refresh one over it.
-x bins, x FAST: times as fast as greedy decoding of those. Overhead: decoding time outside of the passes, in percent of
-them. Exact decoders run no episodes: they give greedy's actions; the share of equal chunks is printed, and how many
-differ with the model in bf16. The others run the same seeds as greedy of their reference; the difference is paired,
-'inconclusive' when its interval holds 0.
+EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, in an order drawn for each,
+warm-up left out. ms per chunk holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the
+time to the first action. Inferences that reuse a chunk count among them. actions/s: executed actions over inference
+time; Hz: observations over it; tokens/s: over decoding time. x bins, x FAST: times as fast as greedy decoding of those.
+Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens per pass leave out values that never moved in
+the demonstrations. Layers: that ran, where a pass is not the whole depth. Overhead: decoding time outside of the
+passes, in percent of them. Repaired: tokens of all chunks. Averaged: chunks in which an ensemble took the mean.
+Agreement: what the decoders' setting of that name should be here. Anytime FAST gets the deadline that cuts about half
+of the values. Exact decoders run no episodes: they give greedy's actions; the share of equal chunks is printed, and how
+many differ with the model in bf16. The others run the same seeds as greedy of their reference; the difference is
+paired, 'inconclusive' when its interval holds 0.
 
 examples:
   vla bench decode                                           costs only, on the shipped policy
@@ -30,6 +34,7 @@ examples:
   vla bench decode --device cuda                             again on a GPU"""
 
 REFERENCES = ("greedy bins", "greedy FAST")
+ANYTIME_LINE = "anytime FAST"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,15 +92,21 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     policy = VlaPolicy.from_bundle(path, device=args.device, threads=threads)
     config = EvalConfig(env=args.env, task=args.task, episodes=max(1, args.episodes), execute=args.execute,
                         device=args.device, **({} if args.seed is None else {"seed": args.seed}))  # fmt: skip
-    chosen, refused = decode_entries.served(policy, _chosen(args.only))
+    chosen, refused = decode_entries.served(policy, decode_entries.chosen(args.only))
+    if not chosen:
+        reason = next(iter(refused.values()))
+        raise ConfigError(explain("bench decode", "a line that this bundle serves", reason, "Choose other lines."))
     heads = [head.name for head in policy.bundle.config.heads if head.kind == "tokens"]
     seen = decode_costs.observations(policy, config, args.observations)
     curves = {head: decode_costs.cost_curve(policy, head, seen[0]) for head in heads}
+    anytime: list[decode_costs.Cut] = []
+    for place, entry in enumerate(chosen):
+        if entry.name == ANYTIME_LINE:
+            anytime = decode_costs.anytime_curve(policy, entry.parts.decoder.head, seen)
+            deadline = f"deadline_ms={decode_costs.half_cut(anytime)}"
+            chosen[place] = replace(entry, options=(*entry.options, deadline))
     with _progress(console, "costs", len(seen) + 3) as tick:
         costs = decode_costs.costs(policy, chosen, seen, lambda: tick(1))
-    anytime = []
-    if {"anytime FAST", "greedy FAST"} <= costs.keys():
-        anytime = [asdict(cut) for cut in decode_costs.anytime_curve(policy, "fast", seen, costs["greedy FAST"])]
     with _progress(console, "reuse", sum(bool(entry.reuse) for entry in chosen)) as tick:
         reused = {}
         for entry in chosen:
@@ -106,48 +117,54 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     if args.episodes:
         workers = args.workers or os.cpu_count() or 1
         for entry in chosen:
-            if entry.reference and entry.exact:
+            if entry.exact and entry.reference in costs:
                 continue
-            folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in entry.name)
+            # A deadline is measured, so it may be another one than that of the episodes that are there.
+            named = " ".join((entry.name, *(entry.options if entry.name == ANYTIME_LINE else ())))
+            folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in named)
             with _progress(console, entry.name, args.episodes) as tick:
                 reports[entry.name] = bench.success(path, entry, config, folder, workers, tick)
-    dims = policy.embodiment.action_dim
+    active = policy.bundle.action_normalizer.active
     rows = [
-        bench.row(
-            entry, costs, args.execute, reports, reused.get(entry.name),
-            bench.moving_share(costs[entry.reference or entry.name], dims),
-        )
-        for entry in chosen
-    ]  # fmt: skip
+        bench.row(entry, costs, args.execute, reports, reused.get(entry.name), float(active.mean())) for entry in chosen
+    ]
     return {
         "policy": args.policy,
         "bundle_hash": policy.bundle.fingerprint,
         "env": args.env,
         "task": args.task,
         "seed": config.seed,
+        "episodes": args.episodes,
+        "execute": args.execute,
         "observations": len(seen),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu",
+        "order_seed": decode_costs.ORDER_SEED,
+        "moving": {name: bool(moves) for name, moves in zip(policy.embodiment.action_names, active)},
+        "noise_floor": {
+            row["reference"]: row["speedup"] for row in rows if row["decoder"] == f"{row['reference']}, again"
+        },
+        "device": _hardware(policy.device),
+        "precision": str(next(policy.bundle.model.parameters()).dtype).removeprefix("torch."),
         "threads": threads,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "pass_ms": curves,
-        "anytime": anytime,
+        "anytime": [asdict(cut) for cut in anytime],
         "rows": rows,
         "not_served": refused,
     }
 
 
-def _chosen(only: list[str]) -> list[Any]:
-    from sim.decode_entries import ENTRIES
+def _hardware(device: Any) -> str:
+    """The name of a torch.device's hardware."""
+    import torch
 
-    if not only:
-        return list(ENTRIES)
-    names = [entry.name for entry in ENTRIES]
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"--only: unknown line {name!r}. {nearest(name, names)}")
-    wanted = set(only) | {entry.reference for entry in ENTRIES if entry.name in only}
-    return [entry for entry in ENTRIES if entry.name in wanted]
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # on Linux platform.processor() is empty, or names the architecture only
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -164,8 +181,11 @@ def _progress(console: Any, name: str, total: int) -> Iterator[Any]:
 
 
 COSTS: tuple[str, ...] = (
-    "decoder", "exact", "passes", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "actions/s", "MFLOP", "reused",
-    "equal", "bf16 flips", "rms", "overhead",
+    "decoder", "exact", "passes", "layers", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "tokens/s", "actions/s",
+    "Hz", "overhead",
+)  # fmt: skip
+WORK: tuple[str, ...] = (
+    "decoder", "MFLOP", "of the prefix", "reused", "repaired", "averaged", "agreement", "equal", "bf16 flips", "rms",
 )  # fmt: skip
 ANYTIME: tuple[str, ...] = ("deadline of anytime FAST", "ms", "values cut", "rms to the whole chunk")
 SUCCESS: tuple[str, ...] = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
@@ -173,25 +193,36 @@ SUCCESS: tuple[str, ...] = ("decoder", "success, %, 95 % interval", "n", "paired
 
 def _costs(row: dict[str, Any]) -> list[str]:
     return [
-        row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}",
-        "" if row["tokens_per_pass"] is None else f"{row['tokens_per_pass']:.1f}",
-        f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
-        *(f"{row['speedups'][name]:.2f}" if name in row["speedups"] else "" for name in REFERENCES),
-        f"{row['actions_per_s']:.0f}", f"{row['flops_per_chunk'] / 1e6:.0f}", _percent(row["reused"] or None),
-        _percent(row["same_chunks"]), _percent(row["bf16_flips"]), f"{row['rms_to_reference']:.3f}",
-        _percent(row["overhead"]),
+        row["decoder"], "yes" if row["exact"] else "no", f"{row['passes_per_chunk']:.1f}", _number(row["layers"], 1),
+        _number(row["tokens_per_pass"], 1), f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
+        *(_number(row["speedups"].get(name), 2) for name in REFERENCES), _number(row["tokens_per_s"], 0),
+        f"{row['actions_per_s']:.0f}", f"{row['refresh_hz']:.1f}", _percent(row["overhead"]),
     ]  # fmt: skip
 
 
-def _success(row: dict[str, Any]) -> list[str]:
-    low, high = row["wilson_95"]
-    d = row["paired_difference"]
+def _work(row: dict[str, Any]) -> list[str]:
     return [
-        row["decoder"], f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})", str(row["n"]),
-        f"{d['points']:+.1f} ({d['wilson_95'][0]:+.1f} to {d['wilson_95'][1]:+.1f})" if d else "",
-        d["verdict"] if d else "equal by proof" if row["exact"] and row["reference"] != row["decoder"] else "",
-        d["to"] if d else "",
+        row["decoder"], f"{row['flops_per_chunk'] / 1e6:.0f}", f"{row['prefix_flops'] / 1e6:.0f}",
+        _percent(row["reused"] or None), str(row["repaired"]), _percent(row["averaged"]), _number(row["agreement"], 2),
+        _percent(row["same_chunks"]), _percent(row["bf16_flips"]), _number(row["rms_to_reference"], 3),
     ]  # fmt: skip
+
+
+def _success(row: dict[str, Any]) -> list[list[str]]:
+    """A line per entry that it is compared with."""
+    low, high = row["wilson_95"]
+    own = [row["decoder"], f"{100 * row['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})", str(row["n"])]
+    differences = [d for d in (row["paired_difference"], *row["further_differences"]) if d]
+    if not differences:
+        return [[*own, "", "equal by proof" if row["exact"] and row["reference"] != row["decoder"] else "", ""]]
+    return [
+        [*own, f"{d['points']:+.1f} ({d['newcombe_95'][0]:+.1f} to {d['newcombe_95'][1]:+.1f})", d["verdict"], d["to"]]
+        for d in differences
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(share: float | None) -> str:
@@ -199,7 +230,8 @@ def _percent(share: float | None) -> str:
 
 
 def tables(results: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str]]]]:
-    """(titles, lines) of costs, of anytime decoding's error against time, and of success, where there are any."""
+    """(titles, lines) of costs, of work and deviation, of anytime decoding's error against time, and of success, where
+    there are any."""
     ran = [row for row in results["rows"] if row["success_rate"] is not None]
     anytime = [
         [f"{cut['deadline_ms']:.1f} ms", f"{cut['ms']:.1f}", _percent(cut["cut"]), f"{cut['rms']:.3f}"]
@@ -207,26 +239,34 @@ def tables(results: dict[str, Any]) -> list[tuple[tuple[str, ...], list[list[str
     ]
     every = [
         (COSTS, [_costs(row) for row in results["rows"]]),
+        (WORK, [_work(row) for row in results["rows"]]),
         (ANYTIME, anytime),
-        (SUCCESS, [_success(row) for row in ran]),
+        (SUCCESS, [line for row in ran for line in _success(row)]),
     ]
     return [(titles, lines) for titles, lines in every if lines]
 
 
-def curves(results: dict[str, Any]) -> list[str]:
-    """What passes cost, a line per head."""
+def facts(results: dict[str, Any]) -> list[str]:
+    """What holds for all rows: how they were measured, and what passes cost, a line per head."""
+    moving = [name for name, moves in results["moving"].items() if moves]
     return [
-        f"a pass over so many tokens, head {head}, ms (times that of one): "
-        + ", ".join(f"{count}: {ms:.2f} ({ms / curve[1]:.1f})" for count, ms in curve.items())
-        for head, curve in results["pass_ms"].items()
+        f"{results['device']}, {results['threads']} threads, {results['precision']}, {results['execute']} actions "
+        f"executed per inference, {results['observations']} observations, order drawn from {results['order_seed']}",
+        f"values that move: {len(moving)} of {len(results['moving'])} ({', '.join(moving)})",
+        *(f"noise: {name} again, x {factor:.3f} of itself" for name, factor in results["noise_floor"].items()),
+        *(
+            f"a pass over so many tokens, head {head}, ms (times that of one): "
+            + ", ".join(f"{count}: {ms:.2f} ({ms / curve[1]:.1f})" for count, ms in curve.items())
+            for head, curve in results["pass_ms"].items()
+        ),
     ]
 
 
 def show(results: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
-    for curve in curves(results):
-        console.print(curve, highlight=False)
+    for fact in facts(results):
+        console.print(fact, highlight=False)
     for titles, lines in tables(results):
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in titles:
@@ -240,7 +280,7 @@ def show(results: dict[str, Any], console: Any) -> None:
 
 def markdown(results: dict[str, Any]) -> str:
     """The same for a page of documentation."""
-    parts = [*(f"- {line}" for line in curves(results)), ""]
+    parts = [*(f"- {line}" for line in facts(results)), ""]
     for titles, lines in tables(results):
         parts += [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines)] + [""]
     return "\n".join(parts)

@@ -143,7 +143,8 @@ def _line(row: dict[str, Any]) -> list[str]:
     paired = row["paired_difference"]
     difference = ""
     if paired:
-        difference = f"{paired['points']:+.1f} ({paired['wilson_95'][0]:+.1f} to {paired['wilson_95'][1]:+.1f})"
+        low_d, high_d = paired["newcombe_95"]
+        difference = f"{paired['points']:+.1f} ({low_d:+.1f} to {high_d:+.1f})"
     return [
         row["schedule"], "" if row["lead"] is None else str(row["lead"]),
         f"{100 * row['rate']:.1f} ({100 * low:.1f} to {100 * high:.1f}) of {row['trials']}", difference,

@@ -16,13 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
+from vla.configs import Unbounded
 from vla.decoding.autoregressive import one_by_one
 from vla.decoding.base import Decoded, DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder
 from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix, best_tokens
-from vla.tokenizers import ActionTokenizer
 
 clock = time.perf_counter
 
@@ -33,13 +31,13 @@ class AnytimeDecoder(TokenDecoder):
     No pass begins after the deadline once frequency 0 is complete: the answer comes at most one pass late. Samples of a
     batch are answered together, so the first deadline among them ends all, as soon as all have frequency 0. The ids are
     a prefix of greedy's; a cut list is not a damaged one, and missing values do not count as repaired.
-    Notes: "cut", values that were not decoded, all samples together.
+    Notes: "cut", values that were not decoded, by sample.
     """
 
     exact = False
     tokenizer = "fast"
 
-    def __init__(self, deadline_ms: float = 50.0, head: str = ""):
+    def __init__(self, deadline_ms: Unbounded = 50.0, head: str = ""):
         super().__init__(head)
         if not deadline_ms > 0:
             raise ConfigError(explain("decoder.deadline_ms", "above 0", deadline_ms, "50 is one step at 20 Hz."))
@@ -57,19 +55,11 @@ class AnytimeDecoder(TokenDecoder):
 
         ids: list[list[int]] = [[] for _ in hints]
         rows = one_by_one(suffix, grammar, ids, best_tokens, proceed)
-        cut = sum(grammar.before_each(grammar.values, row)[-1] for row in ids)
-        return DecodedTokens.of(ids, len(rows), rows, {"cut": float(cut)})
+        cut = [float(grammar.before_each(grammar.values, row)[-1]) for row in ids]
+        return DecodedTokens.of(ids, len(rows), rows, {"cut": cut})
 
     def decode(self, given: DecodeInput) -> Decoded:
         out = super().decode(given)
         grammar = given.grammar(self.head_in(given.bundle))
         missing = [grammar.before_each(grammar.values, ids)[-1] for ids in out.ids]
         return replace(out, repaired=[repaired - cut for repaired, cut in zip(out.repaired, missing)])
-
-
-def prefix_errors(tokenizer: ActionTokenizer, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:
-    """What cutting a list costs: float32[len(ids)], entry i the rms difference, in normalised units, between the chunk
-    of the first i + 1 tokens and that of all. With FAST tokens it never grows, and it ends at 0."""
-    whole = tokenizer.decode(list(ids), horizon, action_dim)
-    chunks = [tokenizer.decode(list(ids[: count + 1]), horizon, action_dim) for count in range(len(ids))]
-    return np.array([np.sqrt(np.mean((chunk - whole) ** 2)) for chunk in chunks], np.float32)

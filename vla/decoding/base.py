@@ -25,7 +25,9 @@ from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Prefix
 from vla.policy import InferContext
-from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer, valid_table
+from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
+
+Notes = dict[str, float | list[float]]  # of a call, or by sample
 
 
 class Grammar:
@@ -39,11 +41,12 @@ class Grammar:
 
     def __init__(self, tokenizer: ActionTokenizer, horizon: int, action_dim: int, device: torch.device | str = "cpu"):
         self.values = horizon * action_dim
-        self.lengths: list[int] = np.asarray(tokenizer.token_lengths).tolist()
-        valid = valid_table(tokenizer, self.values)
+        lengths = np.asarray(tokenizer.token_lengths)
+        self.lengths: list[int] = lengths.tolist()
+        valid = (lengths > 0) & (lengths <= np.arange(self.values + 1)[:, None])
         valid[0] = True
         # Tokens of one length that divides the values always fit, until the chunk is complete: bins need no table.
-        self._free = len(set(self.lengths)) == 1 and bool(valid[:: self.lengths[0]].all())
+        self._free = len(set(self.lengths)) == 1 and self.lengths[0] > 0 and self.values % self.lengths[0] == 0
         self.bias = torch.where(torch.from_numpy(valid), 0.0, -torch.inf).to(device)
         self._rows = self.bias.unbind()  # of one token a view is taken, at a fraction of an indexed copy
 
@@ -81,7 +84,7 @@ class Hint:
 
     seed: for draws. draft: how the tokens may come out, judging from the previous chunk; () when there was none.
     deadline: time.perf_counter() at which the answer is wanted, infinity for never. length: tokens per pass, where the
-    decoder leaves that to the device, else 0.
+    device chooses it; 0 where nobody did.
     """
 
     seed: int = 0
@@ -94,20 +97,19 @@ class Hint:
 class DecodedTokens:
     """ids: per sample. passes: model passes after the prefix. confidence: mean probability of the ids, per sample.
 
-    notes: further numbers of this call, for reports; "layers" where a pass did not go through the whole depth.
+    notes: further numbers for reports, of this call or, as a list, by sample; "layers" where a pass did not go through
+    the whole depth.
     probabilities: of each id, where the decoder tells them.
     """
 
     ids: list[list[int]]
     passes: int
     confidence: list[float]
-    notes: dict[str, float] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
     probabilities: list[list[float]] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, ids: list[list[int]], passes: int, rows: Sequence[Tensor], notes: dict[str, float] | None = None
-    ) -> DecodedTokens:
+    def of(cls, ids: list[list[int]], passes: int, rows: Sequence[Tensor], notes: Notes | None = None) -> DecodedTokens:
         """rows: the constrained logits [B, n, V] that the ids were chosen from, together as many as the longest."""
         likely = probabilities(torch.cat(list(rows), dim=1), ids)
         return cls(ids, passes, [fmean(row) for row in likely], notes or {}, likely)
@@ -123,14 +125,15 @@ class Decoded:
     ids: list[tuple[int, ...]] = field(default_factory=list)
     repaired: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    notes: dict[str, float] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
 
-    def at(self, sample: int) -> tuple[tuple[int, ...], int, float]:
-        """(ids, repaired, confidence) of one sample, with what stands for them where a head has none."""
+    def at(self, sample: int) -> tuple[tuple[int, ...], int, float, dict[str, float]]:
+        """(ids, repaired, confidence, notes) of one sample, with what stands for them where a head has none."""
         return (
             self.ids[sample] if self.ids else (),
             self.repaired[sample] if self.repaired else 0,
             self.confidence[sample] if self.confidence else 1.0,
+            {name: note[sample] if isinstance(note, list) else note for name, note in self.notes.items()},
         )
 
 
@@ -138,7 +141,7 @@ class Decoded:
 class DecodeInput:
     """One batch behind its prefix. bundle: the policy's. seeds, contexts: per sample. grammar: by head, made once.
 
-    costs: what passes take, by head and batch; whoever needs them first measures them (`pass_costs`), and the policy
+    costs: what passes take, by head; whoever needs them first measures them (`pass_costs`), and the policy
     keeps them. started: time.perf_counter() when this inference began.
     """
 
@@ -148,18 +151,18 @@ class DecodeInput:
     contexts: Sequence[InferContext]
     grammar: Callable[[str], Grammar]
     started: float = field(default_factory=time.perf_counter)
-    costs: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict)
+    costs: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
         return len(self.seeds)
 
     def pass_costs(self, head: str) -> dict[int, float]:
-        """{tokens: milliseconds of a pass over them} of a token head, measured once per policy and batch size."""
-        key = head, self.batch
-        if key not in self.costs:
-            self.costs[key] = pass_costs(TokenSuffix(self.bundle.model, self.prefix, head))
-        return self.costs[key]
+        """{tokens: milliseconds of a pass over them} of a token head, measured once per policy with the batch that
+        comes first: one sample where it is warmed up. Batches of other sizes take that curve and wait for none."""
+        if head not in self.costs:
+            self.costs[head] = pass_costs(TokenSuffix(self.bundle.model, self.prefix, head))
+        return self.costs[head]
 
     @cached_property
     def previous(self) -> list[np.ndarray | None]:

@@ -17,10 +17,12 @@ from vla.models.suffix import TokenSuffix
 
 
 class CappedJacobiDecoder(TokenDecoder):
-    """Jacobi iteration block by block; a block ends when nothing changes, or after `passes` passes (sigma).
+    """Jacobi iteration block by block; a block ends when nothing changes, or after `passes` passes (sigma); 0 for as
+    many as a block has tokens.
 
     window: tokens per block, 0 for the whole chunk at once. Where a long pass costs many short ones, as on a CPU,
-    short blocks are the faster ones. both_ways: a block is not causal. warm: start from the previous chunk.
+    short blocks are the faster ones. both_ways: the chunk, as one block, is not causal. warm: start from the previous
+    chunk.
     """
 
     exact = False
@@ -28,10 +30,13 @@ class CappedJacobiDecoder(TokenDecoder):
 
     def __init__(self, passes: int = 8, window: int = 0, both_ways: bool = False, warm: bool = False, head: str = ""):
         super().__init__(head)
-        if passes < 1:
-            raise ConfigError(explain("decoder.passes", "at least 1", passes, "8 is a common cap."))
+        if passes < 0:
+            raise ConfigError(explain("decoder.passes", "0 or more", passes, "8 is a common cap, 0 the block's size."))
         if window < 0:
             raise ConfigError(explain("decoder.window", "0 or more", window, "0 takes the whole chunk as one block."))
+        if both_ways and window:
+            remedy = "Tokens that saw later guesses would stay in the cache for the next block."
+            raise ConfigError(explain("decoder.window", "0 with both_ways", window, remedy))
         self.passes, self.window, self.both_ways, self.warm = passes, window, both_ways, warm
 
     def check(self, bundle: Bundle) -> None:
@@ -44,4 +49,5 @@ class CappedJacobiDecoder(TokenDecoder):
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         guesses = [hint.draft or [0] * grammar.values for hint in hints]
-        return jacobi(suffix, grammar, guesses, self.window or grammar.values, self.passes, self.both_ways)
+        window = self.window or grammar.values
+        return jacobi(suffix, grammar, guesses, window, self.passes or window, self.both_ways)

@@ -96,12 +96,12 @@ def goals(given: DecodeInput) -> tuple[np.ndarray, np.ndarray, list[int]]:
     return targets, masks, counts
 
 
-def keep_committed(actions: np.ndarray, targets: np.ndarray, counts: Sequence[int]) -> float:
+def keep_committed(actions: np.ndarray, targets: np.ndarray, counts: Sequence[int]) -> list[float]:
     """Write the committed actions of `goals` over the first of `actions` [B, T, A], as they were committed: a scheduler
-    that stopped among them goes on with what it had promised. Returns the largest difference there was."""
-    missed = 0.0
+    that stopped among them goes on with what it had promised. Returns the largest difference there was, by sample."""
+    missed = []
     for action, target, count in zip(actions, targets, counts):
-        missed = max(missed, float(np.abs(action[:count] - target[:count]).max(initial=0)))
+        missed.append(float(np.abs(action[:count] - target[:count]).max(initial=0)))
         action[:count] = target[:count]
     return missed
 

@@ -24,7 +24,7 @@ class ContinuedDecoder:
 
     blend: the actions behind them go over from the last chunk to the new one by RTC's soft mask; False leaves them as
     decoded. head: name of the token head, "" for the first. The ids are greedy's, the actions are not, so not exact;
-    without a previous chunk they are. Notes: "moved", largest change of a committed action, normalised.
+    without a previous chunk they are. Notes: "moved", largest change of a committed action, normalised, by sample.
     """
 
     exact = False
@@ -41,7 +41,7 @@ class ContinuedDecoder:
         masks = masks if self.blend else np.floor(masks)
         grippers = given.bundle.embodiment.grippers
         actions = np.stack([continued(*sample, grippers) for sample in zip(out.actions, targets, masks)])
-        moved = max(
+        moved = [
             float(np.abs(a[:count] - b[:count]).max(initial=0)) for a, b, count in zip(actions, out.actions, counts)
-        )
+        ]
         return replace(out, actions=actions, notes={**out.notes, "moved": moved})

@@ -40,9 +40,10 @@ class EnsembleDecoder:
     are executed later or never, so they have no say.) steps: of DDIM, see DiffusionDecoder. mode: "ensemble", or one of
     the two answers by itself: "tokens", "diffusion". head: name of the hybrid head, "" for the first.
 
-    Grippers are the actions with "gripper" in their name. Their mean, normalised, is made -1 or 1 again, by its sign.
+    Grippers are the actions with "gripper" in their name. Their mean, normalised, is made -1 or 1 again, by its sign,
+    where the release takes 0.5 as the threshold.
     Not exact: the tokens are greedy's, but behind noise, and the noise follows the seed.
-    Notes: "confidence", mean over the samples; "averaged", share of samples in which the mean of both was used.
+    Notes, by sample: "confidence"; "averaged", 1 where the mean of both was used, else 0.
     """
 
     exact = False
@@ -84,7 +85,7 @@ class EnsembleDecoder:
             passes=diffused.passes + spoken.passes,
             ids=[ids if used else () for ids, used in zip(spoken.ids, averaged)],
             confidence=confidence.tolist(),
-            notes={"confidence": float(confidence.mean()), "averaged": float(averaged.mean())},
+            notes={"confidence": confidence.tolist(), "averaged": averaged.astype(float).tolist()},
         )
 
 

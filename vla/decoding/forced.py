@@ -23,7 +23,7 @@ class ForcedPrefixDecoder(TokenDecoder):
 
     Not exact where actions are committed: it gives what greedy decoding gives behind those tokens, token by token. The
     committed actions come back as their bins, half a bin off at most inside [-1, 1]. The draft of its hints is binding.
-    Confidence: of the tokens that were chosen, 1.0 if none was. Notes: "forced", forced tokens, mean over the samples.
+    Confidence: of the tokens that were chosen, 1.0 if none was. Notes: "forced", forced tokens, by sample.
     """
 
     exact = False
@@ -56,4 +56,4 @@ class ForcedPrefixDecoder(TokenDecoder):
             sure = probabilities(torch.cat(rows, dim=1), [row[common:] for row in ids])
             chosen = [row[len(draft) - common :] for row, draft in zip(sure, forced)]
             confidence = [fmean(row) if row else 1.0 for row in chosen]
-        return DecodedTokens(ids, len(rows), confidence, {"forced": fmean(map(len, forced))})
+        return DecodedTokens(ids, len(rows), confidence, {"forced": [float(len(draft)) for draft in forced]})

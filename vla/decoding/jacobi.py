@@ -69,7 +69,8 @@ def jacobi(
     guesses: per sample, the first ones, from the first token on. most: 0, and the window slides on as tokens leave; or
     the passes after which those left stand as they are, and the next window, a block of its own, begins behind them.
     What stands unsettled is fed again with the next block: no entry of a discarded guess stays in the cache. both_ways:
-    a block is not causal, and nothing leaves it until nothing changes.
+    the window is not causal, and nothing leaves it until nothing changes; it has to be the whole chunk, for what its
+    tokens have seen of later guesses stays in their entries.
     """
     ids: list[list[int]] = [[] for _ in guesses]
     remaining = [grammar.values] * len(guesses)

@@ -29,8 +29,8 @@ class RealTimeFlowDecoder:
     5). head: name of the flow head, "" for the first. A step costs a pass and its backward pass.
 
     The committed actions come back as they were committed, not only near: the flow was steered as if they stood there.
-    Without a previous chunk it is FlowDecoder. Notes: "missed", largest distance, normalised, of the steered flow from
-    the committed actions.
+    Without a previous chunk it is FlowDecoder. Notes: "missed", by sample, largest distance, normalised, of the steered
+    flow from the committed actions.
     """
 
     exact = False

@@ -32,8 +32,8 @@ class RealTimeDiffusionDecoder:
 
     The committed actions come back as they were committed. Those behind them, as far as the old chunk reaches, go over
     from it to the new one; grippers follow it where the mask is at least a half. Without a previous chunk it is
-    DiffusionDecoder. Notes: "missed", largest distance, normalised, of what was painted in from the committed actions:
-    rounding.
+    DiffusionDecoder. Notes: "missed", by sample, largest distance, normalised, of what was painted in from the
+    committed actions: rounding.
     """
 
     exact = False

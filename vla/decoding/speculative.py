@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
-from vla.decoding.costs import best_length
+from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, Notes, TokenDecoder, check_length, drafts
+from vla.decoding.costs import best_length, pass_costs
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
 from vla.models.suffix import TokenSuffix, best_tokens
@@ -41,8 +41,9 @@ class SpeculativeDecoder(TokenDecoder):
     read-out (0: the layer the head was trained to exit at); the deep ones verify, and nothing is computed twice.
     "head", another token head of the bundle over the same tokens, `draft_head`. length: draft tokens per pass, at most
     (gamma); 0 for as many as pay most with the pass costs of this device, a draft token being free and right with
-    probability `agreement`. passes: those that verify, of the whole model. Notes: "accepted", mean number of draft
-    tokens accepted per pass and sample; "layers" that ran, those of the draft included.
+    probability `agreement`, which may be none. Draws from a draft's own distributions depend on `length`, so 0, which
+    no seed repeats, is refused there. passes: those that verify, of the whole model. Notes: "accepted", mean number of
+    draft tokens accepted per pass, by sample; "layers" that ran, those of the draft included.
     """
 
     def __init__(
@@ -58,6 +59,9 @@ class SpeculativeDecoder(TokenDecoder):
             raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
         if temperature < 0:
             raise ConfigError(explain("decoder.temperature", "0 or more", temperature, "Use 0 for greedy decoding."))
+        if not length and temperature and draft != "previous":
+            wanted = f"at least 1 with draft={draft} at a temperature: draws depend on it"
+            raise ConfigError(explain("decoder.length", wanted, length, "0 would make them depend on measured times."))
         if layers < 0 or (layers and draft != "shallow"):
             wanted = "0 for the head's exit, or more" if draft == "shallow" else f"0 with draft={draft}"
             raise ConfigError(explain("decoder.layers", wanted, layers, "Only draft=shallow runs a part of the depth."))
@@ -78,7 +82,7 @@ class SpeculativeDecoder(TokenDecoder):
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.draft == "previous" else [()] * given.batch
-        length = self.length or best_length(given.pass_costs(head), self.agreement) - 1
+        length = self.length + 1 if self.length else best_length(given.pass_costs(head), self.agreement)
         return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -95,7 +99,8 @@ class SpeculativeDecoder(TokenDecoder):
             drafter = Shallow(suffix, grammar, choice, exit_of(suffix.config, suffix.depth, self.layers))
         else:
             drafter = Small(suffix, grammar, choice, self.draft_head)
-        return speculate(suffix, grammar, drafter, choice, self.length or hints[0].length or 1, len(hints))
+        length = self.length or (hints[0].length or best_length(pass_costs(suffix), self.agreement)) - 1
+        return speculate(suffix, grammar, drafter, choice, length, len(hints))
 
 
 class RelaxedDecoder(SpeculativeDecoder):
@@ -103,7 +108,8 @@ class RelaxedDecoder(SpeculativeDecoder):
 
     Spec-VLA (Wang et al., EMNLP 2025): a neighbouring bin is nearly the same action, so more of a draft is accepted,
     and an action may be off by `distance` bins where the rest was decided knowing it. The paper's distances belong to
-    its models: measure. draft, length, layers, draft_head: as SpeculativeDecoder's.
+    its models: measure. draft, layers, draft_head: as SpeculativeDecoder's; length too, but at least 1: tokens depend
+    on it, and must not on measured times.
     """
 
     tokenizer = "bins"  # neighbouring ids of other tokens are different actions
@@ -115,6 +121,9 @@ class RelaxedDecoder(SpeculativeDecoder):
         super().__init__(draft, length, 0.0, layers, draft_head, agreement, head)
         if distance < 1:
             raise ConfigError(explain("decoder.distance", "at least 1 bin", distance, "Use speculative for 0."))
+        if not length:
+            wanted = "at least 1: which near tokens stand depends on it"
+            raise ConfigError(explain("decoder.length", wanted, length, "0 would make them depend on measured times."))
         self.distance = distance
         self.exact = False
 
@@ -346,7 +355,7 @@ def speculate(
     tokens = [[suffix.start_id] for _ in range(batch)]
     left = [[grammar.values] for _ in range(batch)]  # values still to come after each token
     rows: list[tuple[Tensor, int]] = []
-    accepted = judged = 0
+    accepted, judged = [0] * batch, [0] * batch
 
     def unfinished(sample: int) -> bool:
         return left[sample][-1] > 0
@@ -378,10 +387,10 @@ def speculate(
                 token = choice.judge(verdicts[s][ahead[s] - 1 + place], s, guess, chances)
                 tokens[s].append(token)
                 left[s].append(max(0, left[s][-1] - grammar.lengths[token]))
-                accepted += token == guess
+                accepted[s] += token == guess
                 if token != guess or not left[s][-1]:
                     break
-            judged += 1
+            judged[s] += 1
         # What this pass may leave in the cache: of an unfinished sample, all its tokens but the last. A finished one
         # agrees with anything behind its own.
         settled = [len(row) - 1 - base for row in tokens]
@@ -390,7 +399,7 @@ def speculate(
         suffix.truncate(base + count)
         rows.append((logits, count))
     ids = [row[1:] for row in tokens]
-    notes = {"accepted": accepted / judged, "layers": float(drafter.layers)}
+    notes: Notes = {"accepted": [a / j for a, j in zip(accepted, judged)], "layers": float(drafter.layers)}
     return DecodedTokens.of(ids, len(rows), [logits[:, :count] for logits, count in rows], notes)
 
 

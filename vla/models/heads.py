@@ -114,7 +114,9 @@ class ParallelHead(nn.Module):
 class HybridHead(nn.Module):
     """Diffusion inside the sequence: a marker, the timestep, T noisy actions and a closing marker, before the tokens.
 
-    The closing marker keeps the last noisy action from being asked for the first token. `noise` is read at the noisy
+    The closing marker keeps the last noisy action from being asked for the first token. In HybridVLA's release the
+    state stands behind the first marker, an empty token behind the second, and the tokens end with a learned end
+    token; here the state is in the prefix, and chunks have a known size. `noise` is read at the noisy
     actions and is zero at the start of training.
     """
 

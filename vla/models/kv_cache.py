@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,9 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer, [depth, B, kv_heads, capacity, head_dim].
 
-    `lengths[layer]` (host integers) say how much of each layer is filled: layers may differ, as early exit needs.
+    `length` says how much of every layer is filled; entries behind it may have gone through some layers only.
     Rolling back is lowering a length; stale entries behind it are never read. Writing several tokens at an explicit
-    index (a host integer, or an int64[Q] tensor for captured graphs) never changes a length by itself: call `advance`.
+    index never changes a length by itself: call `advance`.
     """
 
     def __init__(
@@ -31,40 +29,27 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         # Views of the same memory, one per layer: picking them anew in every pass costs more than the copy.
         self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0)))
-        self.lengths = [0] * depth
+        self.length = 0
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    @property
-    def length(self) -> int:
-        """Filled length of the first layer (all layers, unless an early exit left deeper ones behind)."""
-        return self.lengths[0]
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, kv_heads, Q, head_dim] at `index`; return what a query may read.
-
-        With a host index the read is a view up to the last written entry; with a tensor index it is the whole
-        capacity (fixed shapes), and the caller's mask says what counts.
-        """
+    def write(self, layer: int, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Write [B, kv_heads, Q, head_dim] at `index`; return what a query may read, a view up to the last of them."""
         kept_keys, kept_values = self._layers[layer]
-        if isinstance(index, int):
-            count = keys.shape[2]
-            end = index + count
-            if end > self.capacity:
-                raise IndexError(f"cache: expected at most {self.capacity} tokens, got {end}. Allocate a larger cache.")
-            kept_keys.narrow(2, index, count).copy_(keys)
-            kept_values.narrow(2, index, count).copy_(values)
-            return kept_keys.narrow(2, 0, end), kept_values.narrow(2, 0, end)
-        kept_keys.index_copy_(2, index, keys.to(kept_keys.dtype))
-        kept_values.index_copy_(2, index, values.to(kept_values.dtype))
-        return kept_keys, kept_values
+        count = keys.shape[2]
+        end = index + count
+        if end > self.capacity:
+            raise IndexError(f"cache: expected at most {self.capacity} tokens, got {end}. Allocate a larger cache.")
+        kept_keys.narrow(2, index, count).copy_(keys)
+        kept_values.narrow(2, index, count).copy_(values)
+        return kept_keys.narrow(2, 0, end), kept_values.narrow(2, 0, end)
 
     def picked(self, places: Tensor, layers: int, room: int) -> KVCache:
         """A new cache with the entries at `places`, int64[B, n], of the first `layers` layers, and room for more.
 
-        Lengths are 0, as before the first `advance`.
+        Its length is 0, as before the first `advance`.
         """
         depth, batch, kv_heads, _, head_dim = self.keys.shape
         count = places.shape[1]
@@ -74,14 +59,12 @@ class KVCache:
         out.values[:layers, :, :, :count] = self.values[:layers].gather(3, index)
         return out
 
-    def advance(self, count: int, layers: Iterable[int] | None = None) -> None:
-        for layer in range(len(self.lengths)) if layers is None else layers:
-            self.lengths[layer] += count
+    def advance(self, count: int) -> None:
+        self.length += count
 
-    def truncate(self, length: int, layers: Iterable[int] | None = None) -> None:
+    def truncate(self, length: int) -> None:
         """Roll back to `length` entries."""
-        for layer in range(len(self.lengths)) if layers is None else layers:
-            self.lengths[layer] = min(self.lengths[layer], length)
+        self.length = min(self.length, length)
 
 
 class PrefixMemory:
@@ -103,7 +86,7 @@ class PrefixMemory:
             out._layers.append((keys, values))
         return out
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """As KVCache.write; the index is ignored."""
         if self._before is None:
             self._layers.append((keys, values))

@@ -1,7 +1,8 @@
 """Visual tokens that leave a prefix after some layers, and what a prefix costs. Two ways to let them go.
 
 TokenSelection: pruning by information contribution (FlashVLA, arXiv 2505.21200; TokenCarve), of any trained model.
-After `layer` layers the visual rows of the hidden states, H [N, d] = U S V^T, say how much each token contributes:
+After `layer` layers the visual rows of the hidden states, H [N, d] = U S V^T, say how much each token contributes
+(FlashVLA takes the last layer's attention output for H; this is its whole output, as in TokenCarve's code):
 score(x) = sum over i <= r of |u_xi s_i|, the L1 norm of the token in the first r principal axes. No attention map is
 needed. Only U S matters, and H H^T = U S^2 U^T, so an eigendecomposition of the N x N Gram matrix gives it, far sooner
 than an SVD. r is the effective rank of Roy and Vetterli (2007), rounded up: exp of the entropy of s_i / sum s. It needs
@@ -127,12 +128,16 @@ def contributions(rows: Tensor) -> Tensor:
     return (axes.abs() * torch.where(places <= rank, sizes, 0.0)[:, None]).sum(dim=2)
 
 
+def eigen_flops(size: int) -> int:
+    """Of the eigendecomposition of a symmetric [size, size] matrix, about (Golub and Van Loan, section 8.3)."""
+    return 9 * size**3
+
+
 def prefix_flops(config: ModelConfig, selection: TokenSelection | None = None) -> int:
     """Floating-point operations of one sample's prefix in the transformer, a multiply-add as two.
 
     Products of matrices only, as torch's FlopCounterMode counts them, and with a selection the eigendecomposition,
-    about 9 N^3 (Golub and Van Loan, section 8.3), which it does not. Image encoders are not in it: pruning leaves them
-    as they are.
+    which it does not. Image encoders are not in it: pruning leaves them as they are.
     """
     transformer = config.transformer
     expert, inner = transformer.experts[0], transformer.heads * transformer.head_dim
@@ -144,7 +149,7 @@ def prefix_flops(config: ModelConfig, selection: TokenSelection | None = None) -
     for layer in range(transformer.depth):
         if layer == leave:
             if selection is not None:
-                total += 2 * visual**2 * expert.width + 9 * visual**3
+                total += 2 * visual**2 * expert.width + eigen_flops(visual)
             if selection is None or selection.drop:
                 length -= visual - (0 if selection is None else selection.count(visual))
         total += 2 * length * expert.width * wide

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vla.models.heads import HybridHead, TokenHead
-from vla.models.host import MOST_TOKENS, HostSuffix
+from vla.models.host import MOST_TOKENS
 from vla.models.vla import Prefix, Vla
 
 Ids = Tensor | Sequence[Sequence[int]]
@@ -29,8 +29,7 @@ class TokenSuffix:
         self.expert = self.config.expert
         self.lead = prefix.cache.length - prefix.length
         self._start = prefix.cache.length
-        weights = model.host_weights(head) if prefix.batch == 1 and prefix.device.type == "cpu" else None
-        self.host = None if weights is None else HostSuffix(weights, prefix.cache, prefix.rotary, prefix.bias)
+        self.host = model.host_suffix(prefix, head)
 
     @property
     def batch(self) -> int:
@@ -87,7 +86,7 @@ class TokenSuffix:
         assert self.host is not None
         start = self.prefix.cache.length
         row = ids[0].tolist() if isinstance(ids, Tensor) else ids[0]
-        hidden = self.host.hidden(row, start - self.prefix.length, start, both_ways)
+        hidden = self.host.hidden(self.host.weights.embedding[row], start - self.prefix.length, start, both_ways)
         self.prefix.cache.advance(count)
         return hidden
 

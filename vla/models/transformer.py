@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         positions: Tensor | tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | PrefixMemory | None = None,
-        write_index: int | Tensor = 0,
+        write_index: int = 0,
         layers: range | None = None,
         condition: Tensor | None = None,
         fill_only: bool = False,

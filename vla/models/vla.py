@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vla.errors import ConfigError, explain
 from vla.models.heads import FlowHead, HeadConfig, HybridHead, ParallelHead, RegressionHead, TokenHead
-from vla.models.host import HostWeights
+from vla.models.host import MOST_TOKENS, HostSuffix, HostWeights
 from vla.models.kv_cache import KVCache, PrefixMemory
 from vla.models.masks import MaskRule, Span, positions_of, segment_mask
 from vla.models.pruning import RegisterConfig, TokenSelection, survivors
@@ -387,16 +387,13 @@ class Vla(nn.Module):
     def velocity(self, prefix: Prefix, head: str, noisy: Tensor, time: Tensor) -> Tensor:
         """Velocity of a flow head behind a cached prefix. noisy [B, T, A], time [B] -> [B, T, A]."""
         flow: FlowHead = self.heads[head]
-        expert, condition = self.config.head(head).expert, flow.condition(time)
-        hidden = self.extend(prefix, expert, flow.embed(noisy), 0, both_ways=True, condition=condition)
-        return flow.read(self.transformer.finish(expert, hidden, condition))
+        return flow.read(self._behind(prefix, head, flow.embed(noisy), both_ways=True, time=time))
 
     def parallel_actions(self, prefix: Prefix, head: str) -> Tensor:
         """All actions of a parallel head in one pass behind a cached prefix: [B, T, A]."""
         parallel: ParallelHead = self.heads[head]
-        expert = self.config.head(head).expert
         queries = parallel.queries[None].expand(prefix.batch, -1, -1)
-        return parallel.read(self.transformer.finish(expert, self.extend(prefix, expert, queries, 0, both_ways=True)))
+        return parallel.read(self._behind(prefix, head, queries, both_ways=True))
 
     def noise(self, prefix: Prefix, head: str, noisy: Tensor, step: Tensor) -> Tensor:
         """Predicted noise of a hybrid head. noisy [B, T, A], step int64[B] -> [B, T, A].
@@ -404,20 +401,34 @@ class Vla(nn.Module):
         The T + 3 entries stay in the cache as the suffix's first; a second call writes over them.
         """
         hybrid: HybridHead = self.heads[head]
+        return hybrid.noise(self._behind(prefix, head, hybrid.embed(noisy, step))[:, 2:-1])
+
+    def _behind(
+        self, prefix: Prefix, head: str, x: Tensor, both_ways: bool = False, time: Tensor | None = None
+    ) -> Tensor:
+        """Normed hidden states of a head's first suffix tokens x, [B, Q, D]. time: [B] of a flow."""
+        host = self.host_suffix(prefix, head, time) if x.shape[1] <= MOST_TOKENS else None
+        if host is not None:
+            return torch.from_numpy(host.hidden(x[0].numpy(), 0, prefix.length, both_ways))[None]
         expert = self.config.head(head).expert
-        hidden = self.transformer.finish(expert, self.extend(prefix, expert, hybrid.embed(noisy, step), 0))
-        return hybrid.noise(hidden[:, 2:-1])
+        condition = None if time is None else self.heads[head].condition(time)
+        return self.transformer.finish(expert, self.extend(prefix, expert, x, 0, both_ways, condition), condition)
+
+    def host_suffix(self, prefix: Prefix, head: str, time: Tensor | None = None) -> HostSuffix | None:
+        """Passes in numpy behind a prefix; None where torch has to run them. time: [1] of a flow."""
+        weights = self.host_weights(head) if prefix.batch == 1 and prefix.device.type == "cpu" else None
+        if weights is None:
+            return None
+        return HostSuffix(weights, prefix.cache, prefix.rotary, prefix.bias, None if time is None else float(time))
 
     def host_weights(self, head: str) -> HostWeights | None:
         """Copies for passes in numpy, made anew when weights changed; None where torch has to run them."""
         expert = self.config.head(head).expert
         if torch.is_grad_enabled() or not HostWeights.serves(self.transformer, expert):
             return None
-        module = self.heads[head]
         kept = self._host.get(head)
         if kept is None or not kept.current:
-            tokens = module.tokens if isinstance(module, HybridHead) else module
-            self._host[head] = kept = HostWeights(self.transformer, expert, tokens)
+            self._host[head] = kept = HostWeights(self.transformer, expert, self.heads[head])
         return kept
 
     def _streams(self, expert: int, x: Tensor) -> list[Tensor | None]:

@@ -269,7 +269,7 @@ class Gate:
         if self._latched is not Reason.TRACKING or found not in (Reason.NONE, Reason.TRACKING, *_UNLATCHED):
             return False
         stands = self.at_rest and all(np.array_equal(command, self._command) for _, command in self._sent)
-        if self._back_to is None and stands and found is Reason.TRACKING:
+        if self._back_to is None and stands and found is Reason.TRACKING and positions is not None:
             self._back_to = np.where(self._is_gripper, self._command, positions)
         return self._back_to is not None
 

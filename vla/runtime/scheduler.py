@@ -161,7 +161,6 @@ class _ChunkScheduler:
         began_ns = active.due_ns(active.index) - round(index * active.scale * chunk.period_ns)
         return InferContext(
             previous=ActionChunk(chunk.actions, began_ns, chunk.period_s * active.scale),
-            previous_ids=active.result.report.ids,
             executed=index,
             committed=committed.copy() if len(committed) else None,
             start_ns=start_ns,

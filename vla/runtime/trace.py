@@ -71,7 +71,8 @@ class Trace:
     cost_us (time the tick took).
     Inference columns (up to `inferences`): infer_stamp_ns (observation), infer_start_ns, infer_end_ns (asked and
     answered, on the loop's clock), infer_ms (what the policy took), infer_passes, infer_repaired, infer_accepted,
-    infer_notes (a list: what the decoder told, by name; see DecodeReport).
+    infer_confidence (nan if not known), and as lists infer_notes (what the decoder told, by name) and infer_reused (why
+    the last chunk stood, "" for a real forward); see DecodeReport.
     """
 
     def __init__(self, embodiment: Embodiment, capacity: int = 1 << 16, inference_capacity: int | None = None) -> None:
@@ -103,7 +104,9 @@ class Trace:
         self.infer_passes = _zeros(slots, np.int32)
         self.infer_repaired = _zeros(slots, np.int32)
         self.infer_accepted = _zeros(slots, np.bool_)
+        self.infer_confidence = np.full(slots, np.nan)
         self.infer_notes: list[Mapping[str, float]] = [{}] * slots
+        self.infer_reused = [""] * slots
         self.episodes: list[EpisodeRow] = []
         self.images: list[ImageRow] = []
         self._shift_ns = self._last_ns = 0
@@ -171,7 +174,8 @@ class Trace:
         self.infer_stamp_ns[row] = self._shifted(stamp_ns)
         if report is not None:
             self.infer_passes[row], self.infer_repaired[row] = report.passes, report.repaired
-        self.infer_notes[row] = {} if report is None else report.notes
+        self.infer_confidence[row] = np.nan if report is None else report.confidence
+        self.infer_notes[row], self.infer_reused[row] = ({}, "") if report is None else (report.notes, report.reused)
         self.infer_accepted[row] = accepted
         self.inferences = row + 1
 
@@ -270,7 +274,9 @@ class Trace:
             "passes": int(self.infer_passes[row]),
             "repaired": int(self.infer_repaired[row]),
             "accepted": bool(self.infer_accepted[row]),
+            "confidence": _number(self.infer_confidence[row]),
             "notes": {name: _number(value) for name, value in self.infer_notes[row].items()},
+            "reused": self.infer_reused[row],
         }
 
     @classmethod
@@ -330,8 +336,11 @@ class Trace:
             self.infer_stamp_ns[i] = body.get("stamp_ns", -1)
             self.infer_ms[i], self.infer_passes[i] = body["wall_ms"], body["passes"]
             self.infer_repaired[i], self.infer_accepted[i] = body["repaired"], body["accepted"]
-            said = body.get("notes", {})  # traces of the first release have none
-            self.infer_notes[i] = {name: np.nan if value is None else value for name, value in said.items()}
+            # Traces of the first release have none of these.
+            told = body.get("confidence")
+            self.infer_confidence[i] = np.nan if told is None else told
+            self.infer_notes[i] = {name: np.nan if v is None else v for name, v in body.get("notes", {}).items()}
+            self.infer_reused[i] = body.get("reused", "")
             self.inferences = i + 1
         elif topic == "/vla/episode":
             body.pop("timestamp")
@@ -386,7 +395,8 @@ def _schema(topic: str) -> tuple[str, dict[str, Any]]:
             "vla.Inference",
             {
                 "stamp_ns": integer, "start_ns": integer, "end_ns": integer, "wall_ms": number, "passes": integer,
-                "repaired": integer, "accepted": {"type": "boolean"},
+                "repaired": integer, "accepted": {"type": "boolean"}, "confidence": {"type": ["number", "null"]},
+                "reused": text,
                 "notes": {"type": "object", "additionalProperties": {"type": ["number", "null"]}},
             },
         ),

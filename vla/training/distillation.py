@@ -2,7 +2,8 @@
 
 CEED-VLA (Song et al. 2025) and CLLM (Kou et al. 2024) store the teacher's Jacobi trajectories. Here the teacher's fixed
 points are stored and the iterates are the student's own, made anew at every step: they stay those that its decoding
-goes through, however far it has come, and a frame costs one chunk of tokens instead of one per pass.
+goes through, however far it has come, and a frame costs one chunk of tokens instead of one per pass. Fixed points are
+those of the images as they are: with `image_shift` a student walks towards them from shifted ones.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def collect(
 ) -> FixedPoints:
     """Decode `frames` (ascending). Finished batches stay in `folder`: a killed run goes on.
 
-    key: what the fixed points depend on beside the frames (the teacher's hash).
+    key: what the fixed points depend on beside the frames: the teacher's bundle and head, and the data set.
     """
     digest = hashlib.sha256(json.dumps([key, head, _BATCH, frames.tolist()]).encode()).hexdigest()[:12]
     folder = folder / f"greedy-{digest}"

@@ -35,7 +35,8 @@ def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def divergence(target: Tensor, guess: Tensor) -> Tensor:
-    """Mean over tokens of KL(target || guess), both logits [B, K, V]."""
+    """Mean over tokens of KL(target || guess), both logits [B, K, V]. CEED-VLA sums over a chunk's tokens: its weight
+    for this loss is 1/K of the one meant here."""
     wanted = target.float().log_softmax(dim=-1)
     return F.kl_div(guess.float().log_softmax(dim=-1), wanted, reduction="none", log_target=True).sum(dim=-1).mean()
 

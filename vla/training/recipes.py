@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from vla.configs import Unbounded
 from vla.errors import ConfigError, explain
 from vla.models.transformer import TransformerConfig
 from vla.models.vision import CameraEncoderConfig
@@ -65,7 +66,7 @@ class DistillRecipe:
     passes: int = 12
     consistency: float = 1.0
     anchor: float = 1.0
-    tolerance: float = 0.1
+    tolerance: Unbounded = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,12 @@ class TrainConfig:
                     explain(f"train.heads.{name}.distill", "frames and passes of at least 1",
                             f"frames {head.distill.frames}, passes {head.distill.passes}", "Raise them.")
                 )  # fmt: skip
+            for key in ("consistency", "anchor", "tolerance") if head.distill is not None else ():
+                value = getattr(head.distill, key)
+                if not value >= 0 or (value == float("inf") and key != "tolerance"):
+                    wanted = "0 or more" if key == "tolerance" else "0 or more, finite"
+                    where = f"train.heads.{name}.distill.{key}"
+                    raise ConfigError(explain(where, wanted, value, "See vla.training.recipes.DistillRecipe."))
         if self.freeze and not self.init:
             raise ConfigError(explain("train.freeze", "init=BUNDLE with it", "no init", "Say whose backbone stays."))
         for key in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):

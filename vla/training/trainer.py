@@ -217,7 +217,7 @@ class Trainer:
             self.data.val_frames = val
             out[name] = collect(
                 self.model.eval(), name, self._grammar(name), self.data, np.sort(np.concatenate((frames, val))),
-                self.out, start.fingerprint,
+                self.out, " ".join((start.fingerprint, head.distill.teacher or name, self.data.dataset.fingerprint)),
                 lambda done, total: self._log({"event": "teacher", "done": done, "total": total}),
             )  # fmt: skip
         return out
