@@ -51,7 +51,7 @@ from ros_nodes.watch import Watch
 from vla.embodiment import Embodiment, Output
 from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
 from vla.files import write_text
-from vla.policy import DecodeReport, InferResult
+from vla.policy import InferResult
 from vla.runtime.gate import Reason, Verdict
 from vla.runtime.loop import ControlLoop, control_loop
 from vla.runtime.scheduler import OverlappedScheduler, SequentialScheduler
@@ -210,7 +210,7 @@ class CommandCore:
         if self._asked is None or identity.request != self._asked[0]:
             self._faults["chunk"] = "a chunk that answers no open request: is a second policy running?"
             return
-        report = DecodeReport(passes=identity.passes, repaired=identity.repaired, notes=dict(identity.notes))
+        report = identity.report
         refused = self._loop.scheduler.submit(InferResult(chunk, report), now.stamp_ns, identity.number)
         if self._loop.trace is not None:
             self._loop.trace.inference(

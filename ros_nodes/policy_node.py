@@ -53,7 +53,7 @@ from ros_nodes.node import (
     Send,
     pictures_of,
 )
-from ros_nodes.request import ChunkId, Request
+from ros_nodes.request import CONFIDENCE, ChunkId, Request
 from vla.data.transforms import fits, fitted
 from vla.embodiment import Embodiment
 from vla.errors import ObservationError, TransportError, VlaError, explain
@@ -301,7 +301,7 @@ class PolicyCore:
         }  # fmt: skip
         chunk_id = ChunkId(
             request.episode, request.number, number, round(latency_ms * 1e3), report.passes, report.repaired,
-            self._offsets_ns, tuple(report.notes.items()),
+            self._offsets_ns, ((CONFIDENCE, report.confidence), *report.notes.items()), report.reused,
         )  # fmt: skip
         if report.reused:
             self._reused.append((self._chunks, report.reused))

@@ -7,18 +7,22 @@ float32 -> JSON -> float32 is exact. The answer is a JointTrajectory whose frame
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
 from ros_nodes.messages import Text
 from vla.errors import TransportError, explain
-from vla.policy import InferContext
+from vla.policy import DecodeReport, InferContext
 
 VERSION = 1
 MAX_COMMITTED = 256
 MAX_ID_CHARS = 400
+CONFIDENCE = "_confidence"  # a note of this name is DecodeReport's; decoders have one of their own
+_REASON_CHARS = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +99,12 @@ def whole(data: dict[str, Any], key: str, prefix: str = "") -> int:
 @dataclass(frozen=True)
 class ChunkId:
     """Which request a chunk answers, and what it took; travels as `v1/episode/request/number/us/passes/repaired`,
-    and at the end, commas between, the offsets and the notes as name=value.
+    then, commas between, the offsets and the notes as name=value, and at the end, percent-encoded, why it was reused.
 
     number: running number of the policy process. infer_us: wall time of the inference. offsets_ns: of each topic of
     joint states and of each camera after the first, against the chunk's stamp: which messages the observation was made
-    of. () where that is not known. notes: see DecodeReport; on the way they have six digits, and those that do not fit
-    are left out.
+    of. () where that is not known. notes, reused: see DecodeReport, whose confidence is a note here. Notes have six
+    digits on the way, and what does not fit is left out.
     """
 
     episode: int
@@ -111,17 +115,29 @@ class ChunkId:
     repaired: int = 0
     offsets_ns: tuple[int, ...] = ()
     notes: tuple[tuple[str, float], ...] = ()
+    reused: str = ""
+
+    @property
+    def report(self) -> DecodeReport:
+        """What the trace keeps of it; confidence NaN where the policy told none."""
+        notes = dict(self.notes)
+        confidence = notes.pop(CONFIDENCE, math.nan)
+        return DecodeReport(
+            passes=self.passes, repaired=self.repaired, confidence=confidence, notes=notes, reused=self.reused
+        )
 
     def text(self) -> str:
         numbers = (self.episode, self.request, self.number, self.infer_us, self.passes, self.repaired)
         text = "/".join(["v1", *map(str, numbers), ",".join(map(str, self.offsets_ns))]).rstrip("/")
-        between = "/" if self.offsets_ns else "//"
+        between, why = "/" if self.offsets_ns else "//", quote(self.reused[:_REASON_CHARS], safe=" ")
+        most = MAX_ID_CHARS - len(why) - 3
         for name, value in self.notes:
             note = f"{between}{name}={value:.6g}"
-            if not name.isidentifier() or len(text) + len(note) > MAX_ID_CHARS:
+            if not name.isidentifier() or len(text) + len(note) > most:
                 continue
             text, between = text + note, ","
-        return text
+        why = "/" * (9 - text.count("/")) + why
+        return text + why if self.reused and len(text) + len(why) <= MAX_ID_CHARS else text
 
     @classmethod
     def read(cls, text: str) -> ChunkId:
@@ -132,11 +148,12 @@ class ChunkId:
             offsets = tuple(int(item) for item in filter(None, ",".join(rest[6:7]).split(",")))
             pairs = [item.partition("=") for item in filter(None, ",".join(rest[7:8]).split(","))]
             notes = tuple((name, float(value)) for name, _, value in pairs)
+            reused = unquote("".join(rest[8:9]))
         except ValueError:
             numbers = []
-        if version != "v1" or len(numbers) != 6 or len(rest) > 8 or not rest[-1]:
+        if version != "v1" or len(numbers) != 6 or len(rest) > 9 or not rest[-1]:
             raise TransportError(
                 explain("chunk frame_id", "v1/ and six whole numbers", repr(text[:60]), "Run nodes of one release.")
             )
         episode, request, number, infer_us, passes, repaired = numbers
-        return cls(episode, request, number, infer_us, passes, repaired, offsets, notes)
+        return cls(episode, request, number, infer_us, passes, repaired, offsets, notes, reused)

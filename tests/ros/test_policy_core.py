@@ -21,7 +21,7 @@ from ros_nodes import command_node, policy_node, settings
 from ros_nodes import messages as m
 from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
 from ros_nodes.policy_node import PolicyCore
-from ros_nodes.request import MAX_ID_CHARS, ChunkId, Request
+from ros_nodes.request import CONFIDENCE, MAX_ID_CHARS, ChunkId, Request
 from ros_nodes.shadow import Shadow
 from tests.decoding.test_continuous import bundle_of
 from vla.data.transforms import resize
@@ -349,7 +349,8 @@ def test_the_heartbeat_and_the_chunk_say_what_the_decoder_told(monkeypatch: pyte
     driver.ask()
     values = driver.beat().values
     assert (values["note.averaged"], values["note.confidence"]) == ("1", "0.975")
-    assert ChunkId.read(driver.chunks[0].frame_id).notes == (("averaged", 1.0), ("confidence", 0.975))
+    told = ChunkId.read(driver.chunks[0].frame_id).report
+    assert told.notes == {"averaged": 1.0, "confidence": 0.975} and told.confidence == 1.0
     driver.ask(number=1)
     assert not any(key.startswith("note.") for key in driver.beat().values), "they are the last chunk's"
 
@@ -463,9 +464,22 @@ def test_requests_survive_the_wire_exactly() -> None:
     for offsets in ((), (-5, 7)):
         told = dataclasses.replace(identity, offsets_ns=offsets, notes=notes)
         assert ChunkId.read(told.text()) == told
+        for some in ((), notes, ((CONFIDENCE, 0.75),)):
+            reused = dataclasses.replace(told, notes=some, reused="angle 3.5 deg, overlap 97 % / score")
+            assert ChunkId.read(reused.text()) == reused
+    report = reused.report
+    assert (report.confidence, report.notes, report.reused) == (0.75, {}, reused.reused)
     many = dataclasses.replace(identity, notes=(("a/b", 1.0), *((f"note_{i}", i / 7) for i in range(99))))
     back = ChunkId.read(many.text()).notes
     assert len(many.text()) <= MAX_ID_CHARS and 10 < len(back) < 99 and back[1] == ("note_1", 0.142857)
-    for text in ("", "v2/1/2/3/4/5/6", "v1/1/2", "v1/a/2/3/4/5/6", "v1/1/2/3/4/5/6//a=b", "v1/1/2/3/4/5/6///"):
+    for text in (
+        "",
+        "v2/1/2/3/4/5/6",
+        "v1/1/2",
+        "v1/a/2/3/4/5/6",
+        "v1/1/2/3/4/5/6//a=b",
+        "v1/1/2/3/4/5/6///",
+        "v1/1/2/3/4/5/6///a/b",
+    ):
         with pytest.raises(TransportError, match="chunk frame_id"):
             ChunkId.read(text)
