@@ -375,13 +375,15 @@ def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> Non
 
 @pytest.fixture(scope="module")
 def two_heads(tiny_dataset, tmp_path_factory):
-    """A bundle with FAST tokens and a flow, not trained at all."""
+    """A bundle with FAST tokens and a flow, not trained at all; the flow flows, as no new one does."""
     heads = {
         "fast": HeadRecipe("tokens", TokenizerRecipe("fast", 128, 5.0), 16, 32),
         "flow": HeadRecipe("flow", None, 16, 32, condition_width=8),
     }
     out = tmp_path_factory.mktemp("two-heads")
-    save(Trainer(tiny_config(tiny_dataset, out / "run", heads=heads, look_steps=0)).bundle(), out / "bundle")
+    bundle = Trainer(tiny_config(tiny_dataset, out / "run", heads=heads, look_steps=0)).bundle()
+    torch.nn.init.normal_(bundle.model.heads["flow"].read.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    save(bundle, out / "bundle")
     return out / "bundle"
 
 
