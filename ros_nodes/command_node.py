@@ -107,9 +107,8 @@ class CommandCore:
         self._episode: dict[str, Any] | None = None
         self._success = False  # of the last episode
         self._limit_ns = 0  # how long this one may take; 0 for any time
-        self._phase = (
-            "idle"  # idle, armed (an episode is announced), running, ending (the operator's done or go: brake)
-        )
+        # idle, armed (an episode is announced), running, ending (done, go or the time limit in motion: brake)
+        self._phase = "idle"
         self._after: tuple[int, int, str, int] | None = None  # the episode that begins when the arm has come to rest
         self._last_ns = 0
         self._set_ns = 0  # of the graph's clock, as far as it is dealt with
@@ -343,6 +342,8 @@ class CommandCore:
             return ()
         if self._phase == "running" and 0 < self._limit_ns <= now.stamp_ns - self._start_ns():
             self._finish(False, 0, "", now, brakes=True)
+            if self._phase == "idle":
+                return (self._status(now),)
         if now.stamp_ns < self._last_ns:  # time ran backwards: a new grid; the gate stops the arm for it
             self._slots = Periodic(self._period_ns, now.stamp_ns)
         self._last_ns = now.stamp_ns

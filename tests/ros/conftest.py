@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from rclpy_side import Ros
 from shells import ONLY_HERE, Graph, graph
 
 
@@ -18,3 +19,11 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
         monkeypatch.setenv(name, value)
     with graph("rclpy") as made:
         yield made
+
+
+@pytest.fixture
+def ros(found: Graph) -> Iterator[Ros]:
+    """A ROS node of the test, in the domain of its graph."""
+    made = Ros(found.domain)
+    yield made
+    made.close()

@@ -92,7 +92,6 @@ def test_an_arm_that_does_not_follow_is_named_and_does_not_leap_when_it_does() -
         if driver.diagnosis().message == Reason.TRACKING.text:
             break
     assert driver.diagnosis().message == Reason.TRACKING.text and driver.diagnosis().level == m.ERROR
-    driver.policy_alive = True
     driver.lose = 99  # no newer chunk: held
     driver.run(3000)
     assert np.max(np.abs(driver.commands()[-1][1] - stood)[: len(ROBOT.joints) - 1]) < 1e-3 < 0.1 < furthest < 0.5

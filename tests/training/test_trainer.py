@@ -20,7 +20,7 @@ from vla.tokenizers import FastTokenizer
 from vla.training import objectives
 from vla.training.branches import branches, draw
 from vla.training.dataset import IGNORE, TrainingData, sample_frames
-from vla.training.recipes import DistillRecipe, HeadRecipe, TokenizerRecipe
+from vla.training.recipes import HeadRecipe, TokenizerRecipe
 from vla.training.trainer import Trainer, train
 
 
@@ -378,147 +378,6 @@ def test_freezing_needs_something_to_keep(tiny_dataset, tmp_path) -> None:
         tiny_config(tiny_dataset, tmp_path, heads={})
 
 
-def test_distillation_shortens_the_way_to_the_fixed_point(tiny_dataset, tmp_path) -> None:
-    """Fewer Jacobi passes after training on a head's own iterates, while greedy decoding still says the same."""
-    from vla.decoding.jacobi import jacobi
-    from vla.models.suffix import TokenSuffix
-
-    bins = HeadRecipe("tokens", BINS, 32, 64)
-    first = tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0, steps=120, lr=3e-3,
-                        val_every=200, checkpoint_every=200)  # fmt: skip
-    train(first)
-    recipe = DistillRecipe(frames=48, passes=6, tolerance=float("inf"))
-    second = tiny_config(
-        tiny_dataset, tmp_path / "student", heads={"bins": replace(bins, distill=recipe)}, freeze=True, steps=121,
-        init=str(tmp_path / "teacher/bundle"), lr=2e-3, val_every=200, checkpoint_every=200,
-    )  # fmt: skip
-    rows = []
-    trainer = Trainer(second, rows.append)
-    assert rows[-1]["event"] == "teacher" and len(trainer.data.train_frames) == 48
-    parts = sorted((tmp_path / "student").glob("greedy-*/*.npy"))
-    stamps = [part.stat().st_mtime_ns for part in parts]
-    Trainer(second)
-    assert stamps == [part.stat().st_mtime_ns for part in parts]  # they are collected once
-    settled = trainer.taught["bins"].take(trainer.taught["bins"].frames)
-
-    def passes(model):
-        batch = trainer.data.batch(trainer.data.train_frames)
-        images = {name: torch.from_numpy(value) for name, value in batch.images.items()}
-        rest = [torch.from_numpy(x) for x in (batch.text, batch.text_valid, batch.state)]
-        out, said = [], []
-        with torch.inference_mode():
-            for i in range(24):
-                one = [x[i : i + 1] for x in rest]
-                segments = model.prefix_segments({name: value[i : i + 1] for name, value in images.items()}, *one)
-                suffix = TokenSuffix(model, model.prefix(segments, 112), "bins")
-                decoded = jacobi(suffix, trainer._grammar("bins"), [()], 112)
-                out.append(decoded.passes)
-                said.append(decoded.ids[0])
-        return float(np.mean(out)), np.array(said)
-
-    before, teacher = passes(trainer.model.eval())
-    assert (teacher == settled[np.isin(trainer.taught["bins"].frames, trainer.data.train_frames)][:24]).mean() > 0.99
-    while trainer.step_number < second.steps:
-        losses = trainer.step()
-    assert "bins_consistency" in losses
-    after, student = passes(trainer.model.eval())
-    assert after < 0.8 * before
-    assert (teacher == student).mean() > 0.8
-
-
-def test_iterates_are_those_of_the_student_as_it_is_now(tiny_dataset, tmp_path) -> None:
-    """Against uncached passes; what begins right may only be changed by the student itself."""
-    from vla.training.distillation import iterate, way
-
-    bins = HeadRecipe("tokens", BINS, 16, 32)
-    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
-    trainer = Trainer(
-        tiny_config(tiny_dataset, tmp_path / "student", init=str(tmp_path / "teacher/bundle"), freeze=True,
-                    heads={"bins": replace(bins, distill=DistillRecipe(frames=16))})
-    )  # fmt: skip
-    for _ in range(3):
-        trainer.step()
-    model, given = trainer.model.eval(), trainer._tensors(trainer.data.train_frames[:4], 0)
-    settled, head = given["settled"]["bins"], trainer.model.heads["bins"]
-    for done, begin in ((0, 0), (0, 50), (1, 0), (3, 0), (3, 50)):
-        guess = torch.where(torch.arange(112) < begin, settled, 0)
-        for _ in range(done):
-            with torch.no_grad():
-                inputs = model.suffix_segment("bins", head.embed(head.shift(guess)))
-                trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
-                guess = head.logits(model.run([*trunk, inputs])[-1]).argmax(dim=-1)
-        out = iterate(model, "bins", trainer._grammar("bins"), given, settled, done, begin)
-        assert (out == guess).float().mean() > 0.99  # a near-tie may fall the other way
-    ways = [way([7, step], 12, 112) for step in range(400)]
-    assert {passes for passes, _ in ways} == set(range(12)) and 0.4 < np.mean([begin == 0 for _, begin in ways]) < 0.6
-    assert max(begin for _, begin in ways) > 100
-
-
-def test_mixed_labels_follow_the_tolerance(tiny_dataset, tmp_path) -> None:
-    bins = HeadRecipe("tokens", BINS, 16, 32)
-    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
-    for tolerance in (0.0, float("inf")):
-        config = tiny_config(
-            tiny_dataset, tmp_path / str(tolerance), init=str(tmp_path / "teacher/bundle"), freeze=True,
-            heads={"bins": replace(bins, distill=DistillRecipe(frames=16, tolerance=tolerance))},
-        )  # fmt: skip
-        trainer = Trainer(config)
-        given = trainer._tensors(trainer.data.train_frames[:8], 0)
-        demonstrated = trainer.data.batch(trainer.data.train_frames[:8]).tokens["bins"]
-        wanted = given["settled"]["bins"].numpy() if tolerance else demonstrated
-        assert np.array_equal(given["tokens"]["bins"].numpy(), wanted)
-    with pytest.raises(ConfigError, match=r"heads\.bins\.distill"):
-        tiny_config(tiny_dataset, tmp_path, heads={"bins": replace(bins, distill=DistillRecipe())})
-
-
-def test_a_student_of_another_name_stands_beside_its_teacher(tiny_dataset, tmp_path) -> None:
-    bins = HeadRecipe("tokens", BINS, 16, 32)
-    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
-    recipe = replace(bins, distill=DistillRecipe(teacher="bins", frames=16))
-    trainer = Trainer(
-        tiny_config(tiny_dataset, tmp_path / "both", init=str(tmp_path / "teacher/bundle"), freeze=True,
-                    heads={"student": recipe})
-    )  # fmt: skip
-    model = trainer.model
-    assert [head.name for head in model.config.heads] == ["bins", "student"]  # the first is the default
-
-    def weights(name):
-        layers = [layer[model.config.head(name).expert].state_dict() for layer in model.transformer.layers]
-        return [*model.heads[name].state_dict().values(), *(value for layer in layers for value in layer.values())]
-
-    assert all(torch.equal(a, b) for a, b in zip(weights("student"), weights("bins")))
-    trainer.step()
-    assert not all(torch.equal(a, b) for a, b in zip(weights("student"), weights("bins")))
-    with pytest.raises(ConfigError, match=r"heads\.student\.distill.*'other'"):
-        Trainer(
-            tiny_config(tiny_dataset, tmp_path / "none", init=str(tmp_path / "teacher/bundle"), freeze=True,
-                        heads={"student": replace(bins, distill=DistillRecipe(teacher="other", frames=16))})
-        )  # fmt: skip
-
-
-def test_no_gradient_flows_through_the_fixed_point() -> None:
-    """Of the three branches of a distilled head, that of the fixed point is a target and nothing more."""
-    model = make()
-    (head,) = model.config.heads
-    ids = torch.randint(0, 11, (3, 2, 8))
-    given = {name: {"words": value} for name, value in zip(("tokens", "settled", "iterate"), ids)}
-    given |= {"anchor": {"words": torch.tensor(2.0)}, "consistency": {"words": torch.tensor(3.0)}}
-    made, read = branches(model, head, given)
-    assert [segment.branch for segment in made[1:]] == ["words/0", "words/1"] and len(made) == 3
-    module = model.heads["words"]
-    for segment, tokens in zip(made, ids):
-        assert torch.equal(segment.embeddings, module.embed(module.shift(tokens)))
-    labels, settled, iterate = hidden = [torch.randn(2, 8, 16, requires_grad=True) for _ in range(3)]
-    losses = read([[states] for states in hidden])
-    losses["loss"].backward()
-    assert settled.grad is None and labels.grad.abs().sum() > 0 and iterate.grad.abs().sum() > 0
-    wanted, said = (module.logits(states).softmax(dim=-1) for states in (settled, iterate))
-    divergence = (wanted * (wanted / said).log()).sum(dim=-1).mean()
-    assert losses["consistency"].item() == pytest.approx(divergence.item(), rel=1e-4)
-    anchor = objectives.action_cross_entropy(module.logits(labels), ids[0])
-    assert losses["loss"].item() == pytest.approx(2 * anchor.item() + 3 * divergence.item(), rel=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["flow", "parallel"])
 @torch.no_grad()
 def test_actions_of_one_chunk_see_each_other_in_training(kind: str) -> None:
@@ -536,22 +395,3 @@ def test_actions_of_one_chunk_see_each_other_in_training(kind: str) -> None:
     trunk = model.prefix_segments(*args)
     first, other = (model.run([*trunk, one], condition)[-1][:, 0] for one in (segment, moved))
     assert (first - other).abs().max() > 1e-3
-
-
-def test_fixed_points_are_asked_for_anew_when_teacher_or_data_change(tiny_dataset, tmp_path, monkeypatch) -> None:
-    """Two students of one name and two teachers in one folder, and data that were recorded again."""
-    bins = HeadRecipe("tokens", BINS, 16, 32)
-    heads = {"bins": bins, "other": replace(bins)}
-    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads=heads, look_steps=0))
-
-    def folders(teacher: str) -> int:
-        recipe = replace(bins, distill=DistillRecipe(teacher=teacher, frames=16))
-        Trainer(
-            tiny_config(tiny_dataset, tmp_path / "both", init=str(tmp_path / "teacher/bundle"), freeze=True,
-                        heads={"student": recipe})
-        )  # fmt: skip
-        return len(list((tmp_path / "both").glob("greedy-*")))
-
-    assert [folders(teacher) for teacher in ("bins", "bins", "other")] == [1, 1, 2]
-    monkeypatch.setattr(LeRobotDataset, "fingerprint", "recorded again")
-    assert folders("bins") == 3

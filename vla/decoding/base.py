@@ -25,7 +25,7 @@ from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix
 from vla.models.vla import Prefix
 from vla.policy import InferContext
-from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer
+from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer, valid_table
 
 Notes = dict[str, float | list[float]]  # of a call, or by sample
 
@@ -41,9 +41,8 @@ class Grammar:
 
     def __init__(self, tokenizer: ActionTokenizer, horizon: int, action_dim: int, device: torch.device | str = "cpu"):
         self.values = horizon * action_dim
-        lengths = np.asarray(tokenizer.token_lengths)
-        self.lengths: list[int] = lengths.tolist()
-        valid = (lengths > 0) & (lengths <= np.arange(self.values + 1)[:, None])
+        self.lengths: list[int] = np.asarray(tokenizer.token_lengths).tolist()
+        valid = valid_table(tokenizer, self.values)
         valid[0] = True
         # Tokens of one length that divides the values always fit, until the chunk is complete: bins need no table.
         self._free = len(set(self.lengths)) == 1 and self.lengths[0] > 0 and self.values % self.lengths[0] == 0
