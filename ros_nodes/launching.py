@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ros_nodes.names import Names
 from ros_nodes.settings import NODES, RCLPY, Setting
 from vla.errors import ConfigError, explain, nearest
 
@@ -59,8 +60,8 @@ _SIM_TIME = Setting("use_sim_time", "flag", False, "follow /clock instead of the
 _OF_SHELL = {setting.name: setting for setting in (_SIM_TIME, *RCLPY)}  # parameters of every node
 _QOS = "qos_overrides"
 _RESPAWN = Setting("respawn", "flag", False, "start a node again that ends by itself")
+_NAMESPACE = Setting("namespace", "text", "", "of nodes, topics and services")
 ROS_ONLY = (
-    Setting("namespace", "text", "", "of nodes, topics and services"),
     Setting("autostart", "flag", True, "configure and activate at once"),
     Setting("log_level", "text", "info", "of the nodes", choices=("debug", "info", "warn", "error", "fatal")),
 )
@@ -72,7 +73,7 @@ WHEEL_ONLY = (
 
 
 def common(launch: Launch) -> tuple[Setting, ...]:
-    return (_PARAMS_FILE, _PYTHON, *((_SIM_TIME,) if launch.simulated else ()), _RESPAWN)
+    return (_PARAMS_FILE, _PYTHON, *((_SIM_TIME,) if launch.simulated else ()), _RESPAWN, _NAMESPACE)
 
 
 def settings_of(launch: Launch) -> dict[str, Setting]:
@@ -115,6 +116,7 @@ def check(launch: Launch, values: Mapping[str, str], extra: Sequence[Setting] = 
             raise ConfigError(f"{launch.name}: no argument {name!r}. {nearest(name, known)}")
         if value != "":
             known[name].read(value)
+    Names.of(values.get("namespace", ""), ())
     for name in launch.required:
         if not values.get(name):
             raise ConfigError(explain(name, known[name].help, "nothing", f"Pass {name}:=..."))
@@ -151,7 +153,7 @@ def read_params(path: Path, node: str, namespace: str = "") -> dict[str, Any]:
     """What a ROS parameter file says to `node` of this namespace, its shell's parameters included; ConfigError when it
     says what the node does not have, or a value out of range, be it to the node of that name in another namespace."""
     name = NODES[node].name
-    full = "/" + "/".join(filter(None, (*namespace.split("/"), name)))
+    full = Names(namespace).full(name)
     values: dict[str, Any] = {}
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -211,9 +213,10 @@ def environment() -> dict[str, str]:
 def wheel_command(launch: Launch, node: str, values: Mapping[str, str]) -> list[str]:
     """The command line that runs `node` on the DDS wheel as these arguments say. ConfigError for a parameter file that
     asks for what only rclpy does."""
-    said = dict(read_params(params_dir() / f"{node}.yaml", node))
+    namespace = values.get("namespace", "")
+    said = dict(read_params(params_dir() / f"{node}.yaml", node, namespace))
     if path := values.get("params_file"):
-        said |= read_params(Path(path), node)
+        said |= read_params(Path(path), node, namespace)
         beyond = [name for name in said if name.split(".")[0] == _QOS or (name == "autostart" and not said[name])]
         if beyond:
             remedy = f"Use `ros2 launch launch/{launch.name}.launch.py`, or leave it out."
@@ -221,6 +224,7 @@ def wheel_command(launch: Launch, node: str, values: Mapping[str, str]) -> list[
     said |= parameters(launch, node, values)
     words = [word for s in NODES[node].settings if s.name in said for word in s.words(said[s.name])]
     words += [word for s in WHEEL_ONLY if values.get(s.name) for word in (s.option, values[s.name])]
+    words += ["--namespace", namespace] if namespace else []
     words += ["--use-sim-time"] if said.get("use_sim_time") else []
     words += ["--stats", said["stats"]] if said.get("stats") else []
     return [values.get("python") or sys.executable, "-m", NODES[node].module, *words]

@@ -1,16 +1,20 @@
-"""What names our topics have in a graph: a node's namespace and remappings, by ROS 2's rules. No middleware."""
+"""What names a node and its topics have in a graph: namespace and remappings, by ROS 2's rules. No middleware.
+
+Launch files read this with ROS's own Python, so it imports no codec.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ros_nodes.node import CLOCK, DIAGNOSTICS
 from vla.errors import ConfigError, explain
 
-_GLOBAL = (CLOCK.topic, DIAGNOSTICS.topic)
+_GLOBAL = ("/clock", "/diagnostics")  # of the whole graph, in whatever namespace a node is
 _NAME = re.compile(r"(/?[A-Za-z_][A-Za-z0-9_]*)+|/")
+_NODE, _NAMESPACE = "__node", "__ns"  # what remaps the node itself and not a topic
 
 
 def relative(topic: str) -> str:
@@ -20,26 +24,44 @@ def relative(topic: str) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """The nodes' namespace, "" for none, and (from, to) of their remappings, of which the first that fits counts."""
+    """A node's namespace, "" for none, and (from, to) of the topics it remaps, of which the first that fits counts.
+    node: its own name, "" for the one it is made with."""
 
     namespace: str = ""
     remaps: tuple[tuple[str, str], ...] = ()
+    node: str = ""
+
+    @staticmethod
+    def add_arguments(parser: argparse._ActionsContainer) -> None:
+        """What `of` reads."""
+        parser.add_argument(
+            "--namespace", default="", metavar="NAME", help="of nodes and topics, as `ros2 launch ... namespace:=`"
+        )
+        parser.add_argument(
+            "-r", "--remap", action="append", default=[], metavar="FROM:=TO",
+            help="another name for a topic of the nodes, as after --ros-args -r; repeatable",
+        )  # fmt: skip
 
     @classmethod
     def of(cls, namespace: str, rules: Sequence[str]) -> Names:
-        """rules: FROM:=TO, as after ROS's -r. ConfigError for one that is none."""
+        """rules: FROM:=TO of topics, __node:=NAME or __ns:=NAMESPACE, as after ROS's -r, which say more than
+        `namespace`. ConfigError for one that is none."""
         pairs = [rule.partition(":=")[::2] for rule in rules]
-        for rule, pair in zip(rules, pairs):
-            if not all(map(_NAME.fullmatch, pair)):
-                raise ConfigError(explain("--remap", "FROM:=TO, names of topics", repr(rule), "Write it as after -r."))
+        for rule, (source, to) in zip(rules, pairs):
+            if not (_NAME.fullmatch(source) and _NAME.fullmatch(to)) or (source == _NODE and "/" in to):
+                expected = f"FROM:=TO of topics, {_NODE}:=NAME or {_NAMESPACE}:=NAMESPACE"
+                raise ConfigError(explain("remap", expected, repr(rule), "Write it as after -r."))
         if namespace and not _NAME.fullmatch(namespace):
-            raise ConfigError(explain("--namespace", "a name such as left", repr(namespace), "Correct it."))
-        return cls(namespace, tuple(pairs))
+            raise ConfigError(explain("namespace", "a name such as left", repr(namespace), "Correct it."))
+        said = dict(reversed(pairs))  # as for topics, the first rule counts
+        topics = tuple(pair for pair in pairs if pair[0] not in (_NODE, _NAMESPACE))
+        return cls(said.get(_NAMESPACE, namespace), topics, said.get(_NODE, ""))
 
     def __call__(self, topic: str) -> str:
         """The full name that `topic` of ours has in the graph."""
-        name = self._full(relative(topic))
-        return next((self._full(to) for source, to in self.remaps if self._full(source) == name), name)
+        name = self.full(relative(topic))
+        return next((self.full(to) for source, to in self.remaps if self.full(source) == name), name)
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str = "") -> str:
+        """A relative name, of a node or a topic, with the namespace before it; for "" the namespace itself."""
         return name if name.startswith("/") else "/" + "/".join(filter(None, (*self.namespace.split("/"), name)))

@@ -23,9 +23,10 @@ from types import FrameType
 from typing import Any
 
 from ros_nodes.messages import DISTROS, Clock, Raw, encode
+from ros_nodes.names import Names
 from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Send
 from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read, settle
-from ros_nodes.wire import Participant, Publisher
+from ros_nodes.wire import Participant, Publisher, Subscription
 from vla.errors import ConfigError, TransportError, explain
 from vla.files import write_text
 
@@ -34,7 +35,10 @@ _IDLE_NS = 200_000_000
 
 
 class WheelShell:
-    """One core in one participant. `run()` returns after SIGINT, SIGTERM or `stop()`."""
+    """One core in one participant. `run()` returns after SIGINT, SIGTERM or `stop()`.
+
+    names: of the node and its topics in the graph. The core, and what is counted here, know only its own.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class WheelShell:
         distro: str = "jazzy",
         use_sim_time: bool = False,
         stats_path: Path | None = None,
+        names: Names | None = None,
     ):
         if actions := [name for name, _ in getattr(core, "actions", ())]:
             remedy = "Actions need rclpy; without it use kind: trajectory on the controller's topic."
@@ -58,10 +63,12 @@ class WheelShell:
         self._stopping = False
         self.job_stuck = False  # a job did not end in time; its thread lives on
         self.bounded_exit = False
-        self._participant = Participant(core.name, domain=domain, network=network, distro=distro)
+        names = names or Names()
+        self._participant = Participant(names.node or core.name, names.full(), domain, network, distro)
         self._publishers: dict[str, Publisher] = {
-            e.topic: self._participant.publisher(e.topic, e.type_name, e.quality) for e in core.publications
+            e.topic: self._participant.publisher(names(e.topic), e.type_name, e.quality) for e in core.publications
         }
+        self._subscriptions: dict[str, Subscription] = {}
         self._unheard = dict.fromkeys(getattr(core, "must_be_heard", ()), False)  # by topic: nobody listens
         endpoints = list(core.subscriptions)
         if use_sim_time and CLOCK.topic not in {e.topic for e in endpoints}:
@@ -71,7 +78,9 @@ class WheelShell:
             self._types[e.topic] = e.type_name
             if e.raw:
                 self._raw.add(e.topic)
-            self._participant.subscribe(e.topic, e.type_name, e.quality, self._receiver(e.topic))
+            receive = self._receiver(e.topic)
+            subscription = self._participant.subscribe(names(e.topic), e.type_name, e.quality, receive)
+            self._subscriptions[e.topic] = subscription
 
     def stop(self) -> None:
         """Ask the loop to end; callable from any thread and from a signal handler."""
@@ -154,10 +163,11 @@ class WheelShell:
 
     def _look_for_readers(self, topic: str) -> None:
         """Tell the core when they are gone, and with an empty reason when they are back, as of an action's server."""
-        unheard = not self._publishers[topic].readers
+        publisher = self._publishers[topic]
+        unheard = not publisher.readers
         if unheard != self._unheard[topic]:
             self._unheard[topic] = unheard
-            reason = f"{topic}: nobody listens; start the relay of docs/ros2.md" if unheard else ""
+            reason = f"{publisher.topic}: nobody listens; start the relay of docs/ros2.md" if unheard else ""
             self._perform(self.core.on_reject(topic, reason, self.clock.now()))
 
     # ---- other threads ----
@@ -184,13 +194,14 @@ class WheelShell:
     def stats(self) -> dict[str, Any]:
         """Messages per topic: sent, received, lost by DDS, overrun here, rejected; transit times, CPU time, memory."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        subscriptions = self._participant.subscriptions
         return {
             "node": self.core.name,
-            "sent": {p.topic: p.sent for p in self._participant.publishers},
-            "received": {s.topic: s.received for s in subscriptions},
-            "lost": {s.topic: s.lost for s in subscriptions},
-            "transit_ms": {s.topic: [round(t / 1e6, 3) for t in list(s.transit_ns)] for s in subscriptions},
+            "sent": {topic: p.sent for topic, p in self._publishers.items()},
+            "received": {topic: s.received for topic, s in self._subscriptions.items()},
+            "lost": {topic: s.lost for topic, s in self._subscriptions.items()},
+            "transit_ms": {
+                topic: [round(t / 1e6, 3) for t in list(s.transit_ns)] for topic, s in self._subscriptions.items()
+            },
             **self.counts,
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "peak_rss_mb": usage.ru_maxrss / 1024,
@@ -214,6 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--distro", choices=DISTROS, default="jazzy", help="ROS 2 distribution of the peers")
     group.add_argument("--use-sim-time", action="store_true", help="follow /clock instead of the wall clock")
+    Names.add_arguments(group)
     group.add_argument("--stats", type=Path, metavar="FILE", help="write message counts and timings here at the end")
 
 
@@ -223,7 +235,10 @@ def run(core: NodeCore, options: argparse.Namespace) -> None:
     A job that hangs, or an end that takes longer than EXIT_LIMIT_S, ends the process with code 1. ConfigError for a
     core with goals for action servers.
     """
-    shell = WheelShell(core, options.domain, options.network, options.distro, options.use_sim_time, options.stats)
+    names = Names.of(options.namespace, options.remap)
+    shell = WheelShell(
+        core, options.domain, options.network, options.distro, options.use_sim_time, options.stats, names
+    )
     shell.bounded_exit = True
     shell.run()
     if shell.job_stuck:

@@ -47,7 +47,7 @@ def ros_environment(domain: int) -> dict[str, str]:
 
 
 def command(shell: str, node: str, domain: int, *ros_words: str, **values: Any) -> list[str]:
-    """The command line of `node` with these settings in one of the shells."""
+    """The command line of `node` with these settings in one of the shells. ros_words: both take -r RULE."""
     kind = settings.NODES[node]
     if shell == "wheel":
         sim_time = ["--use-sim-time"] if values.pop("use_sim_time", False) else []
@@ -55,7 +55,7 @@ def command(shell: str, node: str, domain: int, *ros_words: str, **values: Any) 
         for s in kind.settings:
             if s.name in values:  # as typed: the node shall judge it
                 words += s.words(values[s.name]) if s.kind == "flag" else [s.option, *str(values[s.name]).split()]
-        return [sys.executable, "-m", kind.module, *words, *sim_time, "--domain", str(domain)]
+        return [sys.executable, "-m", kind.module, *words, *sim_time, *ros_words, "--domain", str(domain)]
     words = [word for name, value in values.items() for word in ("-p", f"{name}:={_yaml(value)}")]
     return [sys.executable, "-m", "ros_nodes.rclpy_shell", node, "--ros-args", *words, *ros_words]
 

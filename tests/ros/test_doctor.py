@@ -29,7 +29,6 @@ from sim.environment import make
 from vla.cli import main
 from vla.data.content import DataContent, StateRange
 from vla.embodiment import Embodiment
-from vla.errors import ConfigError
 from vla.resources import load_embodiment
 
 PANDA = load_embodiment("panda")
@@ -205,17 +204,6 @@ def test_on_the_wheel_the_hands_twin_must_be_listened_to() -> None:
     found = {f.name: f for f in check(graph.live(), graph.topics, actions=False)}
     assert found[f"commands {twin}"].got == "nobody listens" and wrong(found) == [f"commands {twin}"]
     assert not [name for name in found if name.startswith("action ")]
-
-
-def test_names_follow_a_nodes_namespace_and_remappings() -> None:
-    plain, left = Names(), Names.of("left", ["joint_states:=/arm/joints", "/left/vla/chunk:=chunk", "/a:=/b"])
-    assert [plain(topic) for topic in ("/a", "/vla/chunk", "/clock")] == ["/a", "/vla/chunk", "/clock"]
-    assert left("/joint_states") == "/arm/joints" and left("/vla/chunk") == "/left/chunk" and left("/a") == "/left/a"
-    assert left("/clock") == "/clock" and left("/diagnostics") == "/diagnostics", "those of the whole graph"
-    assert Names.of("/two/arms", [])("/a") == "/two/arms/a" and Names.of("", ["/a:=/b"])("/a") == "/b"
-    for namespace, rule in (("", "/a=/b"), ("", "/a:="), ("a b", "/a:=/b"), ("", "/a:=/b c")):
-        with pytest.raises(ConfigError, match="--namespace" if " " in namespace else "--remap"):
-            Names.of(namespace, [rule])
 
 
 def test_findings_have_the_names_of_the_graph() -> None:

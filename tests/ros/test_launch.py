@@ -124,6 +124,7 @@ def test_only_arguments_that_were_given_become_parameters(tmp_path: Path) -> Non
         ({"lead": "1.5"}, "lead: expected a whole number, got '1.5'"),
         ({"deadman": "maybe"}, "deadman: expected true or false"),
         ({"bundle": ""}, "bundle: expected bundle folder"),
+        ({"namespace": "left arm"}, "namespace: expected a name such as left"),
     ],
 )
 def test_wrong_arguments_are_refused(given: dict[str, str], message: str) -> None:
@@ -209,6 +210,12 @@ def test_what_a_parameter_file_says_to_a_shell_reaches_the_wheel_or_is_refused(t
             words(line)
     with pytest.raises(ConfigError, match="use_sim_time: expected true or false"):
         words("use_sim_time: 3")
+    left = {"bundle": "b", "params_file": str(path), "namespace": "left"}
+    path.write_text("/left/vla_policy:\n  ros__parameters:\n    slop: 0.3\n")
+    told = launching.wheel_command(table, "policy", left)
+    assert told[told.index("--slop") + 1] == "0.3" and told[told.index("--namespace") + 1] == "left"
+    told = launching.wheel_command(table, "policy", {**left, "namespace": "right"})
+    assert "0.3" not in told and "right" in told
 
 
 @pytest.mark.parametrize("node", settings.NODES)
@@ -286,9 +293,9 @@ def test_a_node_is_started_again_when_asked(tmp_path: Path) -> None:
 
 def test_arguments_of_ros_alone_are_refused_by_name() -> None:
     table = launching.LAUNCHES["policy"]
-    assert cli.read(table, ["bundle:=b", "namespace:=", "autostart:=true", "log_level:=info"]) == {"bundle": "b"}
-    with pytest.raises(ConfigError, match=r"namespace: expected ROS 2 \(rclpy\), got the DDS wheel"):
-        cli.read(table, ["bundle:=b", "namespace:=left"])
+    assert cli.read(table, ["bundle:=b", "autostart:=true", "log_level:=info"]) == {"bundle": "b"}
+    with pytest.raises(ConfigError, match=r"autostart: expected ROS 2 \(rclpy\), got the DDS wheel"):
+        cli.read(table, ["bundle:=b", "autostart:=false"])
     with pytest.raises(ConfigError, match=r"no argument 'bundel'\. Did you mean 'bundle'"):
         cli.read(table, ["bundel:=b"])
     with pytest.raises(ConfigError, match="expected name:=value"):

@@ -24,6 +24,7 @@ _END_S = 10.0  # how long the last inference may take
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ros_nodes import settings
     from ros_nodes.launching import WHEEL_ONLY
+    from ros_nodes.names import Names
 
     group = parser.add_argument_group("a robot's topics")
     group.add_argument("--robot", help="embodiment: a shipped name or a YAML file")
@@ -37,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shell", choices=SHELLS, default="", help="default: rclpy where ROS is sourced, else the wheel"
     )
     group.add_argument("--use-sim-time", action="store_true", help="follow /clock instead of the wall clock")
-    group.add_argument("--namespace", default="", metavar="NAME", help="of the nodes, as `ros2 launch ... namespace:=`")
-    group.add_argument(
-        "-r", "--remap", action="append", default=[], metavar="FROM:=TO",
-        help="a topic that the nodes remap, as after --ros-args -r; repeatable",
-    )  # fmt: skip
+    Names.add_arguments(group)
     settings.add_arguments(parser, [s for s in settings.POLICY if s.name in _OF_POLICY])
     settings.add_arguments(parser, WHEEL_ONLY)
 
