@@ -59,6 +59,7 @@ class Entry:
 
 
 _BINS, _DISTILLED, _FAST = "greedy bins", "greedy distilled", "greedy FAST"
+_OFTEN = "flashvla", "flashvla_often"  # pruning and reuse of a policy that is asked every few actions: --execute 2
 
 
 def _capped(passes: int, window: int = 0, *more: str) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ _LISTED = (
     *(Entry(f"jacobi bins, {n}", "jacobi", ("head=bins", f"window={n}"), _BINS) for n in (4, 8, 16)),
     Entry("jacobi bins, whole block", "jacobi", ("head=bins", "window=112"), _BINS),
     Entry("jacobi bins, warm", "jacobi", ("head=bins", "warm=true"), _BINS),
+    Entry("jacobi bins, whole block, warm", "jacobi", ("head=bins", "window=112", "warm=true"), _BINS),
     Entry("speculative bins, previous chunk", "speculative", ("head=bins",), _BINS),
     Entry("speculative bins, shallow", "speculative_shallow", ("head=bins",), _BINS),
     Entry("speculative bins, draft head", "speculative_draft", ("head=bins",), _BINS),
@@ -101,6 +103,7 @@ _LISTED = (
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),
     Entry("jacobi bins, warm, pruned, reused", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla", "flashvla"),
+    Entry("jacobi bins, warm, pruned, often reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_OFTEN),
     Entry(_DISTILLED, "autoregressive", ("head=distilled",)),
     Entry("jacobi distilled", "jacobi", ("head=distilled", "agreement=0.9"), _DISTILLED),
     Entry("jacobi distilled, whole block", "jacobi", ("head=distilled", "window=112"), _DISTILLED),
@@ -121,17 +124,21 @@ _LISTED = (
     Entry("pruned FAST", "autoregressive", ("head=fast",), _FAST, "flashvla"),
     Entry("reused FAST", "autoregressive", ("head=fast",), _FAST, "score", "flashvla"),
     Entry("pruned and reused FAST", "autoregressive", ("head=fast",), _FAST, "flashvla", "flashvla"),
+    Entry("pruned and often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
     Entry("ensembled FAST", "autoregressive", ("head=fast",), _FAST, ensembling="act"),
     Entry("flow, 10 steps", "flow", (), _BINS),
     Entry("flow, 4 steps", "flow", ("steps=4",), _BINS),
     Entry("flow, 5 steps, real-time chunking", "realtime", (), _BINS),
-    Entry("flow, 4 steps, pruned, reused", "flow", ("steps=4",), _BINS, "flashvla", "flashvla"),
+    Entry(
+        "flow, 4 steps, pruned, reused", "flow", ("steps=4",), _BINS, "flashvla", "flashvla", against=("flow, 4 steps",)
+    ),
     Entry("diffusion, 4 steps", "diffusion", (), _BINS),
     Entry("diffusion, 4 steps, real-time chunking", "realtime_diffusion", (), _BINS),
     Entry("hybrid tokens", "ensemble", ("mode=tokens",), _BINS),
     Entry("hybrid ensemble", "ensemble", (), _BINS, against=("hybrid tokens", "diffusion, 4 steps")),
     Entry("parallel", "parallel", (), _BINS),
-    Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla"),
+    Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
+    Entry("parallel, pruned, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),
 )
 ENTRIES = (*_LISTED, *by_default(sorted({*configs.names("decoder")} - {entry.config for entry in _LISTED})))
 

@@ -89,6 +89,29 @@ def test_a_gripper_that_moves_forces_a_forward(where) -> None:
     assert still.reason(16) != ""
 
 
+@pytest.mark.parametrize(
+    ("flip", "left", "committed", "ahead", "reused"),
+    [
+        (8, 14, 0, 6, True),  # actions 2 to 7: the gripper changes with the next one
+        (8, 14, 0, 7, False),
+        (8, 14, 2, 4, True),
+        (8, 14, 2, 5, False),
+        (8, 8, 0, 2, False),  # it is changing now, from the action that ran last
+        (8, 7, 0, 4, True),  # and has changed
+        (8, 14, 0, 0, False),  # anywhere
+    ],
+)
+def test_a_gripper_counts_as_far_ahead_as_asked(flip, left, committed, ahead, reused) -> None:
+    memory = ReuseMemory(ReuseRule(ahead=ahead))
+    actions = chunk(1, 0)
+    actions[flip:, 2] = -1.0
+    memory.ran(forward())
+    memory.ran(Forward.of(actions, TOKENS, ROBOT))
+    assert bool(memory.reason(left, committed)) == reused
+    memory.reused()
+    assert memory.reason(left, committed) == ""
+
+
 def test_the_published_rule_locks_itself_on_and_the_memory_does_not() -> None:
     """A world that turns around after the third step: the ungated rule never sees it."""
     world = [forward()] * 3 + [forward(-1, 0, tokens=TOKENS + 50)] * 20
@@ -136,7 +159,7 @@ def test_enough_actions_must_be_left_to_hide_the_next_inference(left, committed,
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for changes in ({"angle_deg": 0}, {"overlap": 1}, {"most": 0}, {"least": 0}):
+    for changes in ({"angle_deg": 0}, {"overlap": 1}, {"most": 0}, {"least": 0}, {"ahead": -1}):
         with pytest.raises(ConfigError, match=rf"reuse\.{next(iter(changes))}"):
             ReuseRule(**changes)
     assert load("reuse", "flashvla") == ReuseRule()

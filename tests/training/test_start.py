@@ -65,7 +65,9 @@ def test_registers_are_added_to_a_model_that_has_none(tiny_dataset, tiny_bundle,
     assert 0.01 < float(before.std()) < 0.04  # as small as words are at first
     trainer.step()
     assert not torch.equal(trainer.model.registers, before)
-    assert trainer.bundle().check().config.registers == RegisterConfig(3, 1)
+    made = trainer.bundle().check()
+    assert made.config.registers == RegisterConfig(3, 1)
+    assert made.training["init"] == start.training and "init" not in start.training  # how all of it came about
 
 
 def test_starts_that_cannot_work_are_named(tiny_dataset, tiny_bundle, bundle, tmp_path) -> None:

@@ -62,10 +62,13 @@ def overlap(before: Forward, last: Forward) -> float:
     return len(np.intersect1d(before.tokens, last.tokens)) / max(1, len(last.tokens))
 
 
-def gripper_moves(before: Forward, last: Forward) -> bool:
-    """Whether a gripper changes sides anywhere in the two chunks or between them."""
+def gripper_moves(before: Forward, last: Forward, now: int = 0, until: int | None = None) -> bool:
+    """Whether a gripper changes sides anywhere in the two chunks or between them; with `until`, only from the action
+    before number `now` of the last chunk up to number `until`, not included."""
     sides = np.concatenate((before.gripper, last.gripper))
-    return bool((sides != sides[0]).any())
+    if until is not None:
+        sides = last.gripper[max(0, now - 1) : until]
+    return bool((sides != sides[:1]).any())
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,17 @@ class ReuseRule:
     """angle_deg: reuse below this angle. overlap: and above this share of common tokens. The paper's thresholds could
     not be verified, so measure yours; sets that have nothing to do with each other already overlap by the share of
     tokens that is kept. most: reuses in a row. least: actions that must be left behind the committed ones, and always
-    one more than those: one action runs before the next request, and as many as now while it is answered.
+    one more than those: one action runs before the next request, and as many as now while it is answered. ahead: no
+    gripper may change sides in so many actions behind the committed ones, 0 for anywhere in the last two chunks. A
+    policy that is asked every few actions needs no more than those until its next answer, or it is hardly ever reused:
+    a chunk that reaches further nearly always has a grasp in it. `most` reuses in a row are each asked anew.
     """
 
     angle_deg: float = 10.0
     overlap: float = 0.7
     most: int = 1
     least: int = 4
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         for key, good, expected in (
@@ -87,13 +94,15 @@ class ReuseRule:
             ("overlap", 0 <= self.overlap < 1, "0 or more, below 1"),
             ("most", self.most >= 1, "at least 1"),
             ("least", self.least >= 1, "at least 1"),
+            ("ahead", self.ahead >= 0, "0 or more"),
         ):
             if not good:
                 raise ConfigError(explain(f"reuse.{key}", expected, getattr(self, key), "1 reuse in a row is safest."))
 
-    def similar(self, before: Forward, last: Forward) -> str:
-        """The published trigger with the gripper gate: the reason for a reuse, "" for none."""
-        if gripper_moves(before, last):
+    def similar(self, before: Forward, last: Forward, now: int = 0, committed: int = 0) -> str:
+        """The published trigger with the gripper gate: the reason for a reuse, "" for none. now: number of the last
+        chunk's action that is due next."""
+        if gripper_moves(before, last, now, now + committed + self.ahead if self.ahead else None):
             return ""
         angle, common = angle_deg(before, last), overlap(before, last)
         if angle is None or not (angle < self.angle_deg and common > self.overlap):
@@ -115,7 +124,7 @@ class ReuseMemory:
         enough = left - committed >= max(self.rule.least, committed + 1)
         if len(self._forwards) < 2 or self.reuses >= self.rule.most or not enough:
             return ""
-        return self.rule.similar(*self._forwards)
+        return self.rule.similar(*self._forwards, len(self._forwards[-1].gripper) - left, committed)
 
     def reused(self) -> None:
         self.reuses += 1

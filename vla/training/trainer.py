@@ -82,6 +82,7 @@ class Trainer:
         )  # fmt: skip
         torch.manual_seed(config.seed)
         self.model = Vla(self._model_config(start)).to(self.device)
+        self._before = None if start is None else start.training
         if start is not None:
             self.taken = take_weights(self.model, start.model, teachers)
             if config.freeze and self.model.config.registers != start.config.registers:
@@ -192,6 +193,8 @@ class Trainer:
             "data_fingerprint": self.data.dataset.fingerprint,
             "torch": torch.__version__,
         }
+        if self._before is not None:  # what this run left as it was is told by the runs before it
+            training["init"] = self._before
         return Bundle(
             model, self.data.embodiment, self.data.state_normalizer, self.data.action_normalizer, self.tokenizers,
             self.text_tokenizer, (0,), training, data=self.data.content,
