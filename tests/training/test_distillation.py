@@ -159,6 +159,41 @@ def test_no_gradient_flows_through_the_fixed_point() -> None:
     assert losses["loss"].item() == pytest.approx(2 * anchor.item() + 3 * divergence.item(), rel=1e-4)
 
 
+def test_a_teacher_as_the_target_holds_the_student_and_stays_as_it_is(tiny_dataset, tmp_path) -> None:
+    """At first they say the same; a student that has gone astray comes back to its teacher's distributions."""
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
+    recipe = replace(bins, distill=DistillRecipe(teacher="bins", frames=16, target="teacher", anchor=0.0))
+    settings = {"init": str(tmp_path / "teacher/bundle"), "freeze": True, "lr": 3e-3, "steps": 90}
+    trainer = Trainer(tiny_config(tiny_dataset, tmp_path / "both", heads={"student": recipe}, **settings))
+    model, expert = trainer.model, trainer.model.config.head("bins").expert
+    own = [model.heads["bins"], *(layer[expert] for layer in model.transformer.layers)]
+    before = [weight.detach().clone() for module in own for weight in module.parameters()]
+    assert float(trainer.step()["student_fidelity"]) == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        model.heads["student"].logits.weight.add_(0.3 * torch.randn_like(model.heads["student"].logits.weight))
+    astray = float(trainer.step()["student_fidelity"])
+    for _ in range(40):
+        near = float(trainer.step()["student_fidelity"])
+    assert near < 0.5 * astray and astray > 0.01
+    assert all(torch.equal(a, b) for a, b in zip(before, (w for module in own for w in module.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("heads", "changes", "said"),
+    [
+        (("student",), {"target": "nobody"}, "expected own or teacher, got 'nobody'"),
+        (("bins",), {"target": "teacher"}, "teacher '', which this run changes"),
+        (("bins", "student"), {"target": "teacher", "teacher": "bins"}, "teacher 'bins', which this run changes"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(tiny_dataset, tmp_path, heads, changes, said) -> None:
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    recipes = {name: bins for name in heads[:-1]} | {heads[-1]: replace(bins, distill=DistillRecipe(**changes))}
+    with pytest.raises(ConfigError, match=said):
+        tiny_config(tiny_dataset, tmp_path, init="somewhere", freeze=True, heads=recipes)
+
+
 def test_fixed_points_are_asked_for_anew_when_teacher_or_data_change(tiny_dataset, tmp_path, monkeypatch) -> None:
     """Two students of one name and two teachers in one folder, and data that were recorded again."""
     bins = HeadRecipe("tokens", BINS, 16, 32)

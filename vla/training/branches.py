@@ -4,7 +4,7 @@ One pass serves all heads: branches see the prefix and not each other (see vla.m
 
 Consistency distillation (CEED-VLA, Song et al. 2025; CLLM, Kou et al. 2024) is a second branch of a token head, whose
 inputs are an unfinished iterate of its own Jacobi decoding (see vla.training.distillation): it learns to say there
-what it says behind the fixed point.
+what it says behind the fixed point, or what its teacher does.
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ def draw(seed: list[int], batch: int, horizon: int, action_dim: int, repeats: in
     return out
 
 
-def branches(model: Vla, head: HeadConfig, given: dict[str, Any], repeats: int = 1) -> tuple[list[Segment], Read]:
+def branches(
+    model: Vla, head: HeadConfig, given: dict[str, Any], repeats: int = 1, teacher: str = ""
+) -> tuple[list[Segment], Read]:
     """given: tokens {head: int64[B, K]}, chunk [B, T, A], what `draw` made, and for heads that are distilled iterate
     and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors. repeats: noises and times
-    per sample (hybrid), at most as many as were drawn."""
+    per sample (hybrid), at most as many as were drawn. teacher: of a distilled head, the head whose distributions are
+    its target, "" for its own."""
     module: Any = model.heads[head.name]
     if head.kind == "tokens":
         tokens = given["tokens"][head.name]
         segment = model.suffix_segment(head.name, module.embed(module.shift(tokens)), tokens != IGNORE)
         if head.name in given.get("iterate", {}):
-            return _distilled(model, head, segment, given)
+            return _distilled(model, head, segment, given, teacher)
         return [segment], lambda hidden: _token_losses(module, hidden[0], tokens)
     chunk, noise = given["chunk"], given["noise"]
     if head.kind == "flow":
@@ -96,21 +99,31 @@ def branches(model: Vla, head: HeadConfig, given: dict[str, Any], repeats: int =
     return [segment, *others], read
 
 
-def _distilled(model: Vla, head: HeadConfig, segment: Segment, given: dict[str, Any]) -> tuple[list[Segment], Read]:
+def _distilled(
+    model: Vla, head: HeadConfig, segment: Segment, given: dict[str, Any], teacher: str
+) -> tuple[list[Segment], Read]:
     """`segment` holds the labels: the anchor that keeps greedy decoding what it is. Two more branches: the fixed point,
-    whose distributions are the target, and the iterate."""
+    whose distributions are the target, and the iterate. With a teacher its distributions there are the target of both,
+    a third branch: the student's own drift with the student."""
     module: Any = model.heads[head.name]
-    inputs = [given[key][head.name] for key in ("settled", "iterate")]
+    settled, unfinished = (given[key][head.name] for key in ("settled", "iterate"))
+    asked = [(head.name, settled), (head.name, unfinished), *([(teacher, settled)] if teacher else ())]
     others = [
-        replace(model.suffix_segment(head.name, module.embed(module.shift(ids))), branch=f"{head.name}/{place}")
-        for place, ids in enumerate(inputs)
+        replace(model.suffix_segment(name, who.embed(who.shift(ids))), branch=f"{head.name}/{place}")
+        for place, (name, ids) in enumerate(asked)
+        for who in (model.heads[name],)
     ]
 
     def read(hidden: list[list[Tensor]]) -> dict[str, Tensor]:
         out = _token_losses(module, hidden[0], given["tokens"][head.name])
-        target, guess = (module.logits(states[-1]) for states in hidden[1:])
+        fixed, guess = (module.logits(states[-1]) for states in hidden[1:3])
+        target = model.heads[teacher].logits(hidden[3][-1]) if teacher else fixed
         out["consistency"] = objectives.divergence(target.detach(), guess)
-        out["loss"] = given["anchor"][head.name] * out["loss"] + given["consistency"][head.name] * out["consistency"]
+        far = out["consistency"]
+        if teacher:
+            out["fidelity"] = objectives.divergence(target.detach(), fixed)
+            far = far + out["fidelity"]
+        out["loss"] = given["anchor"][head.name] * out["loss"] + given["consistency"][head.name] * far
         return out
 
     return [segment, *others], read

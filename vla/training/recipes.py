@@ -58,7 +58,9 @@ class DistillRecipe:
     from where it stands itself after 0 to `passes` - 1 Jacobi passes; around the cap it will be decoded with.
     consistency, anchor: weights of the two losses. tolerance: mixed labels, the teacher's tokens where its chunk is
     within this mean absolute difference of the demonstration (normalised units), else the demonstration's; 0 for the
-    demonstration's only, infinity for the teacher's only.
+    demonstration's only, infinity for the teacher's only. target: whose distributions behind the fixed point the
+    consistency loss pulls towards: "own", the student's, as published, or "teacher", those of a teacher that stays
+    beside it, which then also hold the student's own ones behind the fixed point (with the same weight).
     """
 
     teacher: str = ""
@@ -67,6 +69,7 @@ class DistillRecipe:
     consistency: float = 1.0
     anchor: float = 1.0
     tolerance: Unbounded = 0.1
+    target: str = "own"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class HeadRecipe:
     weight: float = 1.0
     distill: DistillRecipe | None = None
     noise_repeats: int = 1
+
+    @property
+    def target(self) -> str:
+        """The head whose distributions this one is distilled to, "" for its own or none."""
+        return self.distill.teacher if self.distill is not None and self.distill.target == "teacher" else ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,12 @@ class TrainConfig:
                     explain(f"train.heads.{name}.distill", "frames and passes of at least 1",
                             f"frames {head.distill.frames}, passes {head.distill.passes}", "Raise them.")
                 )  # fmt: skip
+            if head.distill is not None and head.distill.target not in ("own", "teacher"):
+                where, got = f"train.heads.{name}.distill.target", repr(head.distill.target)
+                raise ConfigError(explain(where, "own or teacher", got, "Choose one of them."))
+            if head.distill is not None and head.distill.target == "teacher" and head.target in ("", *self.heads):
+                where, got = f"train.heads.{name}.distill.target", f"teacher {head.target!r}, which this run changes"
+                raise ConfigError(explain(where, "a teacher that stays as it is", got, "Take target=own."))
             for key in ("consistency", "anchor", "tolerance") if head.distill is not None else ():
                 value = getattr(head.distill, key)
                 if not value >= 0 or (value == float("inf") and key != "tolerance"):
