@@ -23,6 +23,7 @@ from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.serialization import deserialize_message
 from rclpy.task import Future
 
+from ros_nodes.goals import GRIP_NS, SETTLE_NS, GoalWatch
 from ros_nodes.messages import Flag, Message, Text, Trajectory, Values, encode
 from ros_nodes.node import CONTROL, CONTROL_STATUS, INSTRUCTION, Send
 from vla.errors import ConfigError, ObservationError, explain
@@ -31,8 +32,7 @@ from vla.types import check_instruction
 EXECUTE = "vla/execute"
 _STOP_LIMIT_S = 3.0  # how long a cancelled goal may take to come to rest
 _BEGIN_LIMIT_S = 1.0  # an accepted goal that has not begun by then never will: its client went away meanwhile
-# Of FollowJointTrajectory's error codes, those that no newer goal is the cause of.
-_TOLERANCES = {-4: "path tolerance violated", -5: "goal tolerance violated"}
+_AGAIN_NS = 1_000_000_000  # between goals for a hand whose server does not answer
 
 
 @functools.cache
@@ -48,72 +48,75 @@ def interface(name: str) -> Any:
 
 
 class GoalClient:
-    """Sends goals to one action server: control_msgs FollowJointTrajectory or GripperCommand.
+    """Sends goals to one action server, control_msgs FollowJointTrajectory or GripperCommand; what it makes of them is
+    judged by ros_nodes/goals.py.
 
-    A goal that the server ends because of the next one counts as followed, whether it says cancelled or aborted; one
-    that left its tolerances does not, whenever that is heard.
+    refused: called with the name and why when goals begin not to be followed; with "" when they are again.
     """
 
-    def __init__(self, node: Any, name: str, type_name: str, group: CallbackGroup):
-        self._name, self._type, self._fault = name, interface(type_name), ""
-        self._waiting: Message | None = None
-        self._sent = 0  # goals; the number of the newest
-        self._aborted = 0  # the newest that was; what was sent before says nothing of the server since
+    def __init__(self, node: Any, name: str, type_name: str, group: CallbackGroup, refused: Callable[[str, str], None]):
+        self._name, self._type, self._refused = name, interface(type_name), refused
+        self._watch, self._told = GoalWatch(name), ""
+        self._hand: Values | None = None  # the newest goal of a gripper
+        self._again_ns = 0  # when it may be sent again
+        self._futures: dict[int, Future] = {}  # by number of the goal: its answer, then its result
         self._client = ActionClient(node, self._type, name.lstrip("/"), callback_group=group)
 
-    def send(self, goal: Message, refused: Callable[[str, str], None]) -> None:
-        """goal: a Trajectory, or Values (position, max_effort). refused: called with the name and why when goals begin
-        to be refused, and whenever one is aborted; with "" when they are taken again."""
-        self._waiting = None
+    def send(self, goal: Message) -> None:
+        """goal: a Trajectory, or Values (position, max_effort)."""
+        now_ns = time.monotonic_ns()
+        if isinstance(goal, Values):
+            self._hand, self._again_ns = goal, now_ns + _AGAIN_NS
         if not self._client.server_is_ready():
-            # A gripper's goal is said once and stays true; a trajectory is stale by the next one.
-            self._waiting = goal if isinstance(goal, Values) else None
-            self._note(f"{self._name}: no action server; is the controller running?", refused)
-            return
-        message = self._type.Goal()
-        if isinstance(goal, Trajectory):
-            joint_trajectory = type(message.trajectory)
-            message.trajectory = deserialize_message(bytes(encode(goal)), joint_trajectory)
+            self._watch.absent()
         else:
-            assert isinstance(goal, Values)
-            message.command.position, message.command.max_effort = (float(value) for value in goal.data)
-        self._sent += 1
-        answer = self._client.send_goal_async(message)
-        answer.add_done_callback(functools.partial(self._answered, refused, self._sent))
+            message = self._type.Goal()
+            if isinstance(goal, Trajectory):
+                joint_trajectory = type(message.trajectory)
+                message.trajectory = deserialize_message(bytes(encode(goal)), joint_trajectory)
+                number = self._watch.send(now_ns, now_ns + goal.times_ns[-1] + SETTLE_NS)
+            else:
+                assert isinstance(goal, Values)
+                message.command.position, message.command.max_effort = (float(value) for value in goal.data)
+                number = self._watch.send(now_ns, now_ns + GRIP_NS)
+            self._follow(number, self._client.send_goal_async(message), self._answered)
+        self.look()
 
-    def retry(self, refused: Callable[[str, str], None]) -> None:
-        """Send what still waits for its server."""
-        if self._waiting is not None and self._client.server_is_ready():
-            self.send(self._waiting, refused)
+    def look(self) -> None:
+        """Called again and again: silence is noticed, and a hand's goal sent anew that its server may not know. It is
+        said once and stays true; a trajectory is stale by the next one."""
+        now_ns = time.monotonic_ns()
+        unheard = now_ns >= self._again_ns and self._watch.unheard(now_ns)
+        if self._hand is not None and unheard and self._client.server_is_ready():
+            self.send(self._hand)
+            return
+        for number in self._futures.keys() - self._watch.open:  # nobody waits for what they may still bring
+            self._futures.pop(number).cancel()
+        if (fault := self._watch.fault(now_ns)) != self._told:
+            self._told = fault
+            self._refused(self._name, fault)
 
-    def _answered(self, refused: Callable[[str, str], None], number: int, answer: Future) -> None:
-        handle = answer.result()
-        if handle is None:
-            return
-        if not handle.accepted:
-            self._note(f"{self._name}: the controller refused the goal", refused)
-            return
-        if number > self._aborted:
-            self._note("", refused)
-        handle.get_result_async().add_done_callback(functools.partial(self._ended, refused, number))
+    def _follow(self, number: int, future: Future, then: Callable[[int, Any], None]) -> None:
+        """then(number, value), unless the future is cancelled."""
 
-    def _ended(self, refused: Callable[[str, str], None], number: int, answer: Future) -> None:
-        ended = answer.result()
-        if ended is None or ended.status != GoalStatus.STATUS_ABORTED:
-            return
-        code, words = getattr(ended.result, "error_code", 0), getattr(ended.result, "error_string", "")
-        if number < self._sent and code not in _TOLERANCES:
-            return
-        if getattr(ended.result, "stalled", False):
-            words = f"stalled at {ended.result.position:.4g}"
-        why = ", ".join(filter(None, (_TOLERANCES.get(code, f"code {code}" if code else ""), words)))
-        self._aborted, self._fault = self._sent, ""
-        self._note(f"{self._name}: the controller aborted the goal" + f" ({why})" * bool(why), refused)
+        def done(ended: Future) -> None:
+            if (value := ended.result()) is not None:
+                then(number, value)
+                self.look()
 
-    def _note(self, fault: str, refused: Callable[[str, str], None]) -> None:
-        if fault != self._fault:
-            self._fault = fault
-            refused(self._name, fault)
+        self._futures[number] = future
+        future.add_done_callback(done)
+
+    def _answered(self, number: int, handle: Any) -> None:
+        self._watch.answered(number, handle.accepted)
+        if handle.accepted:
+            self._follow(number, handle.get_result_async(), self._ended)
+
+    def _ended(self, number: int, ended: Any) -> None:
+        result = ended.result
+        words = f"stalled at {result.position:.4g}" if getattr(result, "stalled", False) else ""
+        words = words or getattr(result, "error_string", "")
+        self._watch.ended(number, ended.status == GoalStatus.STATUS_ABORTED, getattr(result, "error_code", 0), words)
 
     def destroy(self) -> None:
         self._client.destroy()

@@ -229,9 +229,10 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
                 self._serve("std_srvs/srv/Trigger", name, answer)
         if EMERGENCY_STOP.topic in topics:
             self._serve("std_srvs/srv/SetBool", relative(EMERGENCY_STOP.topic), self._on_estop)
-        self._goals = {name: GoalClient(self, name, kind, self._group) for name, kind in getattr(core, "actions", ())}
-        for client in self._goals.values():
-            self._keep(lambda c: c.destroy(), client)
+        self._goals: dict[str, GoalClient] = {}
+        for name, kind in getattr(core, "actions", ()):
+            client = GoalClient(self, name, kind, self._group, self._on_refused)
+            self._goals[name] = self._keep(lambda c: c.destroy(), client)
         self._instructions: InstructionServer | None = None
         if CONTROL.topic in topics and (server := InstructionServer.make(self, self._tell, self._group)):
             self._instructions = server
@@ -304,7 +305,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
                 if time.monotonic_ns() >= self.core.next_tick_ns:
                     self._perform(self.core.tick(self._now()))
                 for client in self._goals.values():
-                    client.retry(self._on_refused)
+                    client.look()
                 self._armed_ns = -1
                 self._arm()
 
@@ -342,12 +343,12 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
                 if self._instructions is not None:
                     self._instructions.notice(effect)
             elif isinstance(effect, Goal):
-                self._goals[effect.action].send(effect.goal, self._on_refused)
+                self._goals[effect.action].send(effect.goal)
             else:
                 self._worker.put(effect)
 
     def _on_refused(self, action: str, reason: str) -> None:
-        """A goal was refused or its server is away."""
+        """A driver does not follow its goals, or, with "", does again."""
         with self._lock:
             if self.core is not None:
                 self._perform(self.core.on_reject(action, reason, self._now()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from rclpy_side import ANSWER_S, Arm, Ros, wait
 from shells import Graph, needs_rclpy
 
-from ros_nodes.messages import Text
+from ros_nodes.messages import Text, Values
 from ros_nodes.node import (
     CONTROL,
     CONTROL_STATUS,
@@ -22,6 +23,7 @@ from ros_nodes.node import (
     JOINT_STATES,
 )
 from vla.resources import config_dir, load_embodiment
+from vla.runtime.gate import Reason
 
 pytestmark = [pytest.mark.ros, needs_rclpy]
 ROBOT = load_embodiment("tabletop")
@@ -111,6 +113,7 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
     from control_msgs.action import FollowJointTrajectory
     from rclpy.action import ActionServer, GoalResponse
     from rclpy.callback_groups import ReentrantCallbackGroup
+    from rclpy.task import Future
 
     robot = yaml.safe_load((config_dir() / "embodiment" / "tabletop.yaml").read_text())
     robot.pop("command_topic")
@@ -121,9 +124,16 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
     goals: list[Any] = []
     mood = "follows"
 
-    def execute(handle: Any) -> Any:
+    def taken(_: Any) -> GoalResponse:
+        while mood == "hangs":  # and with it the executor
+            time.sleep(0.01)
+        return GoalResponse.REJECT if mood == "refuses" else GoalResponse.ACCEPT
+
+    async def execute(handle: Any) -> Any:
         goals.append(handle.request.trajectory)
         result = FollowJointTrajectory.Result()
+        if mood == "never ends":
+            await Future()
         if mood == "aborts":
             result.error_code, result.error_string = FollowJointTrajectory.Result.PATH_TOLERANCE_VIOLATED, "joint1"
         handle.succeed() if mood == "follows" else handle.abort()
@@ -147,8 +157,7 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
         found.hear(DIAGNOSTICS.topic, says("no action server"))
         server = ActionServer(
             ros.node, FollowJointTrajectory, "/arm/follow_joint_trajectory", execute,
-            goal_callback=lambda _: GoalResponse.REJECT if mood == "refuses" else GoalResponse.ACCEPT,
-            callback_group=ReentrantCallbackGroup(),
+            goal_callback=taken, callback_group=ReentrantCallbackGroup(),
         )  # fmt: skip
         wait(lambda: len(goals) >= 5, "goals")
         hears_no_more("no action server")
@@ -158,6 +167,17 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
         found.hear(DIAGNOSTICS.topic, says("refused the goal"))
         mood = "follows"
         hears_no_more("the goal")
+        mood = "hangs"
+        found.hear(DIAGNOSTICS.topic, says("the controller has not answered a goal for 0.5 s"))
+        found.heard[CONTROL_STATUS.topic].clear()
+        said = found.hear(CONTROL_STATUS.topic).object()
+        assert (said["verdict"], said["reason"]) == ("stop", Reason.DRIVER.text)
+        mood = "follows"
+        hears_no_more("not answered")
+        mood = "never ends"
+        found.hear(DIAGNOSTICS.topic, says("the controller tells no result of a goal that should be over"))
+        mood = "follows"
+        hears_no_more("tells no result")
     names = tuple(joint.name for joint in ROBOT.joints)
     for goal in goals:
         assert tuple(goal.joint_names) == names and not np.any(goal.points[-1].velocities)
@@ -166,47 +186,56 @@ def test_trajectories_go_to_an_action_server(found: Graph, ros: Ros, tmp_path: P
 
 
 @pytest.mark.skipif(importlib.util.find_spec("control_msgs") is None, reason="control_msgs is not installed here")
-def test_a_goal_that_ends_for_the_next_one_was_followed(ros: Ros) -> None:
-    """Some drivers call that an abort; what left its tolerances counts, even when a newer goal is on its way."""
-    import rclpy
-    from action_msgs.msg import GoalStatus
+def test_a_hands_goal_is_said_until_it_is_answered(found: Graph, ros: Ros, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once and stays true: to a server that comes late, and to one that did not answer."""
+    from control_msgs.action import GripperCommand
+    from rclpy.action import ActionServer, GoalResponse
+    from rclpy.callback_groups import ReentrantCallbackGroup
 
-    from ros_nodes.rclpy_actions import GoalClient
+    from ros_nodes import rclpy_actions
 
-    node = rclpy.create_node("client", context=ros.context)
-    client = GoalClient(node, "/arm/follow", "control_msgs/action/FollowJointTrajectory", None)
+    monkeypatch.setattr(rclpy_actions, "_AGAIN_NS", 200_000_000)
     said: list[str] = []
+    goals: list[float] = []
+    asked = 0
+    hangs = False
 
-    def answered(number: int, accepted: bool = True) -> Any:
-        """What is heard of a goal; returns how it ends."""
-        client._sent = max(client._sent, number)
-        results: list[Any] = []
-        result = types.SimpleNamespace(add_done_callback=results.append)
-        handle = types.SimpleNamespace(accepted=accepted, get_result_async=lambda: result)
-        client._answered(lambda _, why: said.append(why), number, types.SimpleNamespace(result=lambda: handle))
+    def taken(_: Any) -> GoalResponse:
+        nonlocal asked
+        asked += 1
+        while hangs:
+            time.sleep(0.01)
+        return GoalResponse.ACCEPT
 
-        def end(status: int, code: int = 0) -> None:
-            ended = types.SimpleNamespace(status=status, result=types.SimpleNamespace(error_code=code, error_string=""))
-            results[0](types.SimpleNamespace(result=lambda: ended))
+    def execute(handle: Any) -> Any:
+        goals.append(handle.request.command.position)
+        handle.succeed()
+        return GripperCommand.Result()
 
-        return end
-
+    other = Ros(found.domain)  # its executor goes on while the server's hangs
+    kind = "control_msgs/action/GripperCommand"
+    client = rclpy_actions.GoalClient(
+        other.node, "/hand", kind, ReentrantCallbackGroup(), lambda _, why: said.append(why)
+    )
     try:
-        first, second, third = answered(1), answered(2), answered(3)
-        first(GoalStatus.STATUS_CANCELED)
-        second(GoalStatus.STATUS_ABORTED, -1)
-        assert not said
-        third(GoalStatus.STATUS_ABORTED)
-        assert said == ["/arm/follow: the controller aborted the goal"]
-        answered(3)  # sent before that was known
-        assert len(said) == 1
-        fourth = answered(4)
-        assert said[1:] == [""]
-        answered(5)
-        fourth(GoalStatus.STATUS_ABORTED, -4)
-        assert said[2:] == ["/arm/follow: the controller aborted the goal (path tolerance violated)"]
-        answered(6, accepted=False)
-        assert "refused" in said[3]
+        client.send(Values(np.array([0.02, 20.0])))
+        assert said == ["/hand: no action server; is the controller running?"]
+        timer = other.node.create_timer(0.05, client.look)
+        server = ActionServer(ros.node, GripperCommand, "/hand", execute, goal_callback=taken)
+        wait(lambda: goals == [0.02] and said[-1] == "", "the goal that waited")
+        hangs = True
+        client.send(Values(np.array([0.04, 20.0])))
+        wait(lambda: "has not answered" in said[-1], "silence to be noticed")
+        time.sleep(0.6)
+        hangs = False
+        wait(lambda: goals[-1] == 0.04 and said[-1] == "", "the answer")
+        wait(lambda: asked >= 3, "the goal to be sent again")
+        time.sleep(0.5)  # what came while it hung
+        count = asked
+        time.sleep(1.0)
+        assert asked == count, "what was answered is not said again"
+        timer.destroy()
+        server.destroy()
     finally:
         client.destroy()
-        node.destroy_node()
+        other.close()
