@@ -135,7 +135,10 @@ _LISTED = (
     Entry("diffusion, 4 steps", "diffusion", (), _BINS),
     Entry("diffusion, 4 steps, real-time chunking", "realtime_diffusion", (), _BINS),
     Entry("hybrid tokens", "ensemble", ("mode=tokens",), _BINS),
-    Entry("hybrid ensemble", "ensemble", (), _BINS, against=("hybrid tokens", "diffusion, 4 steps")),
+    *(
+        Entry(f"hybrid ensemble{name}", "ensemble", options, _BINS, against=("hybrid tokens", "diffusion, 4 steps"))
+        for name, options in (("", ()), (", threshold 0.6", ("threshold=0.6",)))
+    ),
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
     Entry("parallel, pruned, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),

@@ -30,7 +30,8 @@ paired, 'inconclusive' when its interval holds 0.
 
 examples:
   vla bench decode                                           costs only, on the shipped policy
-  vla bench decode --policy outputs/heads/bundle --episodes 1000 --out outputs/bench
+  vla bench decode --episodes 1000 --only "flow, 4 steps"    success too, of some lines and what they are compared with
+  vla bench decode --execute 2                               of a policy that is asked every other action
   vla bench decode --device cuda                             again on a GPU"""
 
 REFERENCES = ("greedy bins", "greedy FAST")

@@ -26,7 +26,7 @@ jerk         of the commanded joints, root mean square
 
 examples:
   vla bench schedulers --episodes 20
-  vla bench schedulers --policy outputs/heads/bundle --latency outputs/demo/trace.mcap --scales 1 3 10 --episodes 200
+  vla bench schedulers --policy outputs/mine/bundle --latency outputs/demo/trace.mcap --scales 1 3 10 --episodes 200
   vla bench schedulers --only "overlapped, FAST" --latency lognormal:p50=80,p95=300,seed=1"""
 
 

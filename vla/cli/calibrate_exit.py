@@ -19,7 +19,7 @@ of its two best probabilities, and whether it would have said the same. Two Beta
 (FREE, Bae et al. 2023): the threshold is where the tokens that agree begin to prevail.
 
 examples:
-  vla calibrate exit --policy outputs/heads/bundle
+  vla calibrate exit --policy tabletop --head bins
   vla calibrate exit --policy tabletop --layer 2 --observations 300"""
 
 
