@@ -207,6 +207,17 @@ class Graph:
         """Start one node (again). Its output goes to logs/<name>.log, its statistics to stats/<name>.json."""
         logs = self.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
+        command, environment = self._process(name)
+        with open(logs / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+        if self._realtime and name in _PRIORITY and hasattr(os, "sched_setscheduler"):
+            with contextlib.suppress(OSError):  # threads of the node inherit it, as none is running yet
+                os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY[name]))
+
+    def _process(self, name: str) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment of a node."""
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
@@ -217,14 +228,7 @@ class Graph:
             **{name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
         }
         common = ["--domain", str(self.domain), "--stats", str(self.out / "stats" / f"{name}.json")]
-        with open(logs / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *self._commands[name], *common],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
-            )  # fmt: skip
-        if self._realtime and name in _PRIORITY and hasattr(os, "sched_setscheduler"):
-            with contextlib.suppress(OSError):  # threads of the node inherit it, as none is running yet
-                os.sched_setscheduler(self.processes[name].pid, os.SCHED_RR, os.sched_param(_PRIORITY[name]))
+        return [sys.executable, "-m", *self._commands[name], *common], environment
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL after a while. Safe to call twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ros_nodes import graph as demo
 from ros_nodes import settings
 from ros_nodes.graph import free_domain
 from ros_nodes.joints import joint_topics
@@ -136,6 +138,25 @@ class Graph:
             process.kill()
             process.communicate()
         self.operator.close()
+
+
+class RclpyDemo(demo.Graph):
+    """The graph of `vla demo` with its nodes in the rclpy shell; its operator stays on the wheel."""
+
+    def _process(self, name: str) -> tuple[list[str], dict[str, str]]:
+        _, environment = super()._process(name)
+        module, *words = self._commands[name]
+        node, kind = next((node, kind) for node, kind in settings.NODES.items() if kind.module == module)
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--use-sim-time", action="store_true")
+        settings.add_arguments(parser, kind.settings)
+        told = {key: value for key, value in vars(parser.parse_args(words)).items() if value != parser.get_default(key)}
+        values = {key: " ".join(value) if isinstance(value, list) else value for key, value in told.items()}
+        values["stats"] = str(self.out / "stats" / f"{name}.json")
+        return command("rclpy", node, self.domain, **values), {**environment, **ros_environment(self.domain)}
+
+
+DEMOS = {"wheel": demo.Graph, "rclpy": RclpyDemo}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Every fault that the nodes must survive, injected: the arm brakes, the report says why, and it goes on afterwards.
 
-Processes that are killed or frozen, on the wheel; wrong messages, at the cores. Floods and bytes that are no message
+Processes that are killed or frozen, in both shells; wrong messages, at the cores. Floods and bytes that are no message
 are in test_garbage_floods.py, the other faults of joint states, cameras and clocks in test_command_core.py.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shells import DEMOS, SHELLS
 
 from policies.hold import ScriptedPolicy
 from ros_nodes import messages as m
@@ -54,18 +55,18 @@ from vla.runtime.trace import Trace
 SEED = 1_000_000
 
 
-def swinging(folder: Path) -> Graph:
+def swinging(folder: Path, shell: str) -> Graph:
     """A graph whose policy swings the arm from side to side, 0.2 m/s."""
     chunks = np.zeros((200, 16, 7), np.float32)
     chunks[:, :, 1] = np.where(np.arange(200) % 2, -0.01, 0.01)[:, None]
     chunks[:, :, 6] = 1.0
     np.save(folder / "swing.npy", chunks)
-    return Graph("tabletop", str(folder / "swing.npy"), out=folder / "run", task="pick_place", realtime=True)
+    return DEMOS[shell]("tabletop", str(folder / "swing.npy"), out=folder / "run", task="pick_place", realtime=True)
 
 
-@pytest.fixture
-def graph(tmp_path: Path) -> Iterator[Graph]:
-    with swinging(tmp_path) as graph:
+@pytest.fixture(params=SHELLS)
+def graph(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Graph]:
+    with swinging(tmp_path, request.param) as graph:
         yield graph
 
 
@@ -141,11 +142,12 @@ DRIVERS = {
 }
 
 
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("kind", ["positions", "trajectory", pytest.param("velocities", marks=pytest.mark.slow)])
-def test_command_process_lost_in_motion(kind: str, tmp_path: Path) -> None:
+def test_command_process_lost_in_motion(kind: str, shell: str, tmp_path: Path) -> None:
     """Frozen, and later killed: what the driver has makes the arm come to rest, and nobody else has to start again."""
     options, make = DRIVERS[kind]
-    graph = swinging(tmp_path)
+    graph = swinging(tmp_path, shell)
     graph._commands["command"] += ["--output", kind, *options]
     endpoint = VELOCITIES if kind == "velocities" else TRAJECTORY
     with graph:

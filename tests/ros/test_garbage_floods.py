@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shells import SHELLS
 
 from ros_nodes import messages as m
 from ros_nodes.graph import Graph
@@ -58,10 +59,10 @@ HARMLESS: dict[Endpoint, m.Message] = {
 }
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+@pytest.fixture(scope="module", params=SHELLS)
+def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder: Path = tmp_path_factory.mktemp("floods")
-    graph = swinging(folder)
+    graph = swinging(folder, request.param)
     recorder = ["ros_nodes.recorder_node", "--embodiment", "tabletop", "--out", str(folder / "bags"), "--min-free", "0"]
     graph._commands["recorder"] = recorder
     with graph:
