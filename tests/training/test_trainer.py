@@ -317,9 +317,26 @@ def test_repeated_noise_is_more_of_the_same_loss(tiny_dataset, tiny_bundle, tmp_
 
 
 def test_only_noise_is_repeated(tiny_dataset, tmp_path) -> None:
-    for name, repeats in (("flow", 2), ("hybrid", 0)):
-        with pytest.raises(ConfigError, match=rf"heads\.{name}\.noise_repeats"):
-            tiny_config(tiny_dataset, tmp_path, heads={name: replace(ALL_HEADS[name], noise_repeats=repeats)})
+    for name, key, value in (
+        ("flow", "noise_repeats", 2), ("hybrid", "noise_repeats", 0), ("flow", "noise_weight", 2.0),
+        ("hybrid", "noise_weight", 0.0), ("hybrid", "noise_weight", float("nan")),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"heads\.{name}\.{key}"):
+            tiny_config(tiny_dataset, tmp_path, heads={name: replace(ALL_HEADS[name], **{key: value})})
+
+
+def test_noise_weighs_as_much_beside_tokens_as_asked(tiny_dataset, tmp_path) -> None:
+    def losses(**changes):
+        heads = {"hybrid": replace(ALL_HEADS["hybrid"], **changes)}
+        trainer = Trainer(tiny_config(tiny_dataset, tmp_path / str(changes), heads=heads, look_steps=0))
+        with torch.no_grad():
+            return trainer._losses(trainer.model, trainer._tensors(trainer.data.val_frames[:8], None))
+
+    plain, heavy = losses(), losses(noise_weight=5.0)
+    assert float(heavy["hybrid_noise"]) == pytest.approx(float(plain["hybrid_noise"]))
+    added = 4 * float(plain["hybrid_noise"])
+    assert float(heavy["hybrid"]) == pytest.approx(float(plain["hybrid"]) + added)
+    assert float(heavy["loss"]) == pytest.approx(float(plain["loss"]) + added)
 
 
 def test_frozen_backbone_stays_and_heads_learn(tiny_dataset, tiny_bundle, tmp_path) -> None:

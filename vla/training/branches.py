@@ -22,6 +22,7 @@ from vla.models.masks import MaskRule
 from vla.models.vla import Segment, Vla
 from vla.training import objectives
 from vla.training.dataset import IGNORE
+from vla.training.recipes import HeadRecipe
 
 # Hidden states of each of the head's branches, after its exit layer (absent without one) and after the whole depth, to
 # named losses; the one called "loss" is trained, the others are for the eye.
@@ -47,18 +48,18 @@ def draw(seed: list[int], batch: int, horizon: int, action_dim: int, repeats: in
 
 
 def branches(
-    model: Vla, head: HeadConfig, given: dict[str, Any], repeats: int = 1, teacher: str = ""
+    model: Vla, head: HeadConfig, given: dict[str, Any], recipe: HeadRecipe | None = None
 ) -> tuple[list[Segment], Read]:
     """given: tokens {head: int64[B, K]}, chunk [B, T, A], what `draw` made, and for heads that are distilled iterate
-    and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors. repeats: noises and times
-    per sample (hybrid), at most as many as were drawn. teacher: of a distilled head, the head whose distributions are
-    its target, "" for its own."""
+    and settled {head: int64[B, K]}, consistency and anchor {head: weight}; all as tensors. recipe: the head's, None for
+    one with defaults; as many noises and times per sample as it repeats were drawn."""
+    recipe = recipe or HeadRecipe(head.kind)
     module: Any = model.heads[head.name]
     if head.kind == "tokens":
         tokens = given["tokens"][head.name]
         segment = model.suffix_segment(head.name, module.embed(module.shift(tokens)), tokens != IGNORE)
         if head.name in given.get("iterate", {}):
-            return _distilled(model, head, segment, given, teacher)
+            return _distilled(model, head, segment, given, recipe.target)
         return [segment], lambda hidden: _token_losses(module, hidden[0], tokens)
     chunk, noise = given["chunk"], given["noise"]
     if head.kind == "flow":
@@ -71,8 +72,9 @@ def branches(
         segment = model.suffix_segment(head.name, queries, rule=MaskRule.BLOCK)
         return [segment], lambda hidden: {"loss": objectives.l1(module.read(hidden[0][-1]).flatten(1), chunk)}
     tokens = given["tokens"][head.name]
-    noises = [noise, *given.get("noises", ())[: repeats - 1]]
-    steps = [(p * head.noise_steps).long() for p in (given["progress"], *given.get("progresses", ())[: repeats - 1])]
+    noises = [noise, *given.get("noises", ())[: recipe.noise_repeats - 1]]
+    times = [given["progress"], *given.get("progresses", ())[: recipe.noise_repeats - 1]]
+    steps = [(time * head.noise_steps).long() for time in times]
     leads = [
         module.embed(objectives.noised(chunk, drawn, step, head.noise_steps), step)
         for drawn, step in zip(noises, steps)
@@ -94,7 +96,7 @@ def branches(
         ]
         denoised = torch.stack(errors).mean()
         spoken = _token_losses(module.tokens, [hidden[0][-1][:, count:]], tokens)
-        return {**spoken, "noise": denoised, "loss": spoken["loss"] + denoised}
+        return {**spoken, "noise": denoised, "loss": spoken["loss"] + recipe.noise_weight * denoised}
 
     return [segment, *others], read
 

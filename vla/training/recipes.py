@@ -80,7 +80,9 @@ class HeadRecipe:
     width, mlp_width: of the expert that runs it, 0 for the backbone itself. condition_width: of the vector that
     modulates that expert's norms (flow). weight: of its loss. distill: None for training from demonstrations alone.
     noise_repeats: noises and times per sample and step, at least 1 (hybrid; HybridVLA's `repeated_diffusion_steps`, 4
-    in its release, which repeats the tokens too); the further ones are branches of T + 3 tokens each.
+    in its release, which repeats the tokens too); the further ones are branches of T + 3 tokens each. noise_weight: of
+    the noise's loss beside the tokens' (hybrid). They share an expert, and at 1, as released, the tokens' gradients are
+    the larger ones by far.
     """
 
     kind: str
@@ -94,6 +96,7 @@ class HeadRecipe:
     weight: float = 1.0
     distill: DistillRecipe | None = None
     noise_repeats: int = 1
+    noise_weight: float = 1.0
 
     @property
     def target(self) -> str:
@@ -165,6 +168,10 @@ class TrainConfig:
                 wanted = "at least 1" if head.kind == "hybrid" else f"1 for a head of kind {head.kind!r}"
                 remedy = "Only a hybrid head's noise is repeated."
                 raise ConfigError(explain(f"train.heads.{name}.noise_repeats", wanted, head.noise_repeats, remedy))
+            if not 0 < head.noise_weight < float("inf") or (head.noise_weight != 1 and head.kind != "hybrid"):
+                wanted = "above 0, finite" if head.kind == "hybrid" else f"1 for a head of kind {head.kind!r}"
+                remedy = "Only a hybrid head has noise beside tokens."
+                raise ConfigError(explain(f"train.heads.{name}.noise_weight", wanted, head.noise_weight, remedy))
             if head.distill is not None and (head.kind != "tokens" or not self.init or not self.freeze):
                 raise ConfigError(
                     explain(f"train.heads.{name}.distill", "a token head, init=BUNDLE and freeze=true",

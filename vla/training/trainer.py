@@ -327,8 +327,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 trunk = model.prefix_segments(given["images"], given["text"], given["text_valid"], given["state"])
-            recipes = [self.config.heads[head.name] for head in heads]
-            made = [branches(model, h, given, own.noise_repeats, own.target) for h, own in zip(heads, recipes)]
+            made = [branches(model, head, given, self.config.heads[head.name]) for head in heads]
             segments = [segment for own, _ in made for segment in own]
             flows = [head.name for head in heads if head.kind == "flow"]
             condition = model.heads[flows[0]].condition(given["time"]) if flows else None
