@@ -137,7 +137,7 @@ _LISTED = (
     Entry("hybrid tokens", "ensemble", ("mode=tokens",), _BINS),
     *(
         Entry(f"hybrid ensemble{name}", "ensemble", options, _BINS, against=("hybrid tokens", "diffusion, 4 steps"))
-        for name, options in (("", ()), (", threshold 0.6", ("threshold=0.6",)))
+        for name, options in (("", ()), (", threshold 0.5", ("threshold=0.5",)))
     ),
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
