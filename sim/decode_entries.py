@@ -59,7 +59,8 @@ class Entry:
 
 
 _BINS, _DISTILLED, _FAST = "greedy bins", "greedy distilled", "greedy FAST"
-_OFTEN = "flashvla", "flashvla_often"  # pruning and reuse of a policy that is asked every few actions: --execute 2
+# Pruning and reuse of a policy that is asked every few actions (--execute 2): what costs little, and what saves most.
+_OFTEN, _EAGER = ("score", "flashvla_often"), ("flashvla", "flashvla_eager")
 
 
 def _capped(passes: int, window: int = 0, *more: str) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ _LISTED = (
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),
     Entry("jacobi bins, warm, pruned, reused", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla", "flashvla"),
-    Entry("jacobi bins, warm, pruned, often reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_OFTEN),
+    Entry("jacobi bins, warm, pruned, eagerly reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_EAGER),
     Entry(_DISTILLED, "autoregressive", ("head=distilled",)),
     Entry("jacobi distilled", "jacobi", ("head=distilled", "agreement=0.9"), _DISTILLED),
     Entry("jacobi distilled, whole block", "jacobi", ("head=distilled", "window=112"), _DISTILLED),
@@ -124,7 +125,8 @@ _LISTED = (
     Entry("pruned FAST", "autoregressive", ("head=fast",), _FAST, "flashvla"),
     Entry("reused FAST", "autoregressive", ("head=fast",), _FAST, "score", "flashvla"),
     Entry("pruned and reused FAST", "autoregressive", ("head=fast",), _FAST, "flashvla", "flashvla"),
-    Entry("pruned and often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
+    Entry("often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
+    Entry("pruned and eagerly reused FAST", "autoregressive", ("head=fast",), _FAST, *_EAGER),
     Entry("ensembled FAST", "autoregressive", ("head=fast",), _FAST, ensembling="act"),
     Entry("flow, 10 steps", "flow", (), _BINS),
     Entry("flow, 4 steps", "flow", ("steps=4",), _BINS),
@@ -141,7 +143,8 @@ _LISTED = (
     ),
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
-    Entry("parallel, pruned, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),
+    Entry("parallel, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),
+    Entry("parallel, pruned, eagerly reused", "parallel", (), _BINS, *_EAGER, against=("parallel",)),
 )
 ENTRIES = (*_LISTED, *by_default(sorted({*configs.names("decoder")} - {entry.config for entry in _LISTED})))
 
