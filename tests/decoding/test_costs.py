@@ -76,7 +76,7 @@ def test_costs_are_measured_once_whatever_batches_come(decoder, monkeypatch) -> 
 
 def test_tokens_that_do_not_divide_the_chunk_are_constrained() -> None:
     """Two values per token: of five, the last cannot be reached, and no token may pass for fitting there."""
-    twos = SimpleNamespace(vocab_size=3, token_lengths=np.full(3, 2))
+    twos = SimpleNamespace(vocab_size=3, token_lengths=np.full(3, 2), valid_next=lambda left: np.full(3, left >= 2))
     logits, left = torch.zeros(1, 2, 3), [[3, 1]]
     assert Grammar(twos, 5, 1).constrain(logits, left)[0].tolist() == [[0.0] * 3, [-torch.inf] * 3]
     assert Grammar(twos, 6, 1).constrain(logits, [[4, 2]])[0].tolist() == [[0.0] * 3] * 2
