@@ -157,5 +157,5 @@ def test_changed_data_and_data_of_another_robot_are_refused(copy) -> None:
 
 def test_the_shipped_policy_knows_what_its_data_looked_like() -> None:
     bundle = bundles.load(bundle_path("tabletop"))
-    assert bundle.fingerprint.startswith("2f7168283570")  # the same policy as before it was told
+    assert bundle.fingerprint.startswith("2f7168283570")  # the one that its card and the docs measure
     assert list(bundle.data.cameras) == ["agentview", "wrist"] and bundle.data.state["gripper"].first_min > 0.07

@@ -16,12 +16,7 @@ from rclpy_side import ANSWER_S, Arm, Ros, wait
 from shells import Graph, needs_rclpy
 
 from ros_nodes.messages import Text, Values
-from ros_nodes.node import (
-    CONTROL,
-    CONTROL_STATUS,
-    DIAGNOSTICS,
-    JOINT_STATES,
-)
+from ros_nodes.node import CONTROL, CONTROL_STATUS, DIAGNOSTICS, JOINT_STATES
 from vla.resources import config_dir, load_embodiment
 from vla.runtime.gate import Reason
 

@@ -41,7 +41,6 @@ pytestmark = [pytest.mark.ros, needs_rclpy]
 ROBOT = load_embodiment("tabletop")
 CAMERA = Endpoint("/camera/image_raw", Image.type_name, SENSOR)
 COMMANDS = Endpoint(ROBOT.command_topic, Values.type_name)
-ANSWER_S = 60.0
 
 
 # ---- lifecycle and parameters ----

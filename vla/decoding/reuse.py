@@ -65,9 +65,8 @@ def overlap(before: Forward, last: Forward) -> float:
 def gripper_moves(before: Forward, last: Forward, now: int = 0, until: int | None = None) -> bool:
     """Whether a gripper changes sides anywhere in the two chunks or between them; with `until`, only from the action
     before number `now` of the last chunk up to number `until`, not included."""
-    sides = np.concatenate((before.gripper, last.gripper))
-    if until is not None:
-        sides = last.gripper[max(0, now - 1) : until]
+    both = np.concatenate((before.gripper, last.gripper))
+    sides = both if until is None else last.gripper[max(0, now - 1) : until]
     return bool((sides != sides[:1]).any())
 
 

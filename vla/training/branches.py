@@ -110,18 +110,17 @@ def _distilled(
     module: Any = model.heads[head.name]
     settled, unfinished = (given[key][head.name] for key in ("settled", "iterate"))
     asked = [(head.name, settled), (head.name, unfinished), *([(teacher, settled)] if teacher else ())]
-    others = [
-        replace(model.suffix_segment(name, who.embed(who.shift(ids))), branch=f"{head.name}/{place}")
-        for place, (name, ids) in enumerate(asked)
-        for who in (model.heads[name],)
-    ]
+    others = []
+    for place, (name, ids) in enumerate(asked):
+        who: Any = model.heads[name]
+        own = model.suffix_segment(name, who.embed(who.shift(ids)))
+        others.append(replace(own, branch=f"{head.name}/{place}"))
 
     def read(hidden: list[list[Tensor]]) -> dict[str, Tensor]:
         out = _token_losses(module, hidden[0], given["tokens"][head.name])
         fixed, guess = (module.logits(states[-1]) for states in hidden[1:3])
         target = model.heads[teacher].logits(hidden[3][-1]) if teacher else fixed
-        out["consistency"] = objectives.divergence(target.detach(), guess)
-        far = out["consistency"]
+        far = out["consistency"] = objectives.divergence(target.detach(), guess)
         if teacher:
             out["fidelity"] = objectives.divergence(target.detach(), fixed)
             far = far + out["fidelity"]
