@@ -429,7 +429,8 @@ def test_bundles_that_lack_what_a_decoder_needs_are_refused() -> None:
     )
     for decoder in (
         SpeculativeDecoder(), SpeculativeDecoder("shallow"), SpeculativeDecoder("shallow", layers=1, head="fast"),
-        SpeculativeDecoder("head", draft_head="small"), RelaxedDecoder(), BlockwiseDecoder(), BlockwiseDecoder(2),
+        SpeculativeDecoder("head", draft_head="small"), RelaxedDecoder(), RelaxedDecoder(7), BlockwiseDecoder(),
+        BlockwiseDecoder(2),
     ):  # fmt: skip
         decoder.check(bundle)
     for key, decoder in (
@@ -439,6 +440,7 @@ def test_bundles_that_lack_what_a_decoder_needs_are_refused() -> None:
         (r"decoder\.draft_head: .* got 'words'", SpeculativeDecoder("head", draft_head="words")),
         (r"decoder\.draft_head: .*Train a narrow", SpeculativeDecoder("head", draft_head="small", head="fast")),
         (r"decoder\.head: .*over bins named 'fast', .*Choose one of words, small", RelaxedDecoder(head="fast")),
+        (r"decoder\.distance: expected at most 7: head 'words' has 8 bins, got 8\. Lower it", RelaxedDecoder(8)),
         (r"heads\.small\.lookahead: .*lookahead=3", BlockwiseDecoder(head="small")),
         (r"heads\.words\.lookahead: .*or set guesses=2", BlockwiseDecoder(4)),
         (r"decoder\.head", SpeculativeDecoder(head="nobody")),

@@ -127,6 +127,14 @@ class RelaxedDecoder(SpeculativeDecoder):
         self.distance = distance
         self.exact = False
 
+    def check(self, bundle: Bundle) -> None:
+        super().check(bundle)
+        head = self.head_in(bundle)
+        most = bundle.config.head(head).vocab - 1  # the first and the last bin lie so far apart
+        if self.distance > most:
+            expected = f"at most {most}: head {head!r} has {most + 1} bins"
+            raise ConfigError(explain("decoder.distance", expected, self.distance, "Lower it; 3 is the default."))
+
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         return self._generate(suffix, grammar, hints, Greedy(self.distance))
 
