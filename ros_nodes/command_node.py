@@ -99,6 +99,7 @@ class CommandCore:
         self.subscriptions = (*self._watch.subscriptions, *ours)
         self.publications = (*self._outputs.endpoints, REQUEST, CONTROL_STATUS, DIAGNOSTICS)
         self.actions, self.must_be_heard = self._outputs.actions, self._outputs.twins
+        self._lasting = {*dict(self.actions), *self.must_be_heard}  # what is wrong there stands
         self.next_tick_ns = 0
         self._slots = Periodic(self._period_ns)
         self._reports = Periodic(STATUS_PERIOD_NS)
@@ -117,6 +118,7 @@ class CommandCore:
         self._open_until: int | None = None  # steady time until which this period waits for its chunk
         self._policy_number = -1
         self._faults = Faults()
+        self._refusals: dict[str, str] = {}  # by topic: why its last message was not followed
         self._saving = False
         self._last_reason: Reason | None = None
         self._stops = Stops()
@@ -144,13 +146,10 @@ class CommandCore:
             self._watch.driver(topic, reason, now)
             self.next_tick_ns = now.steady_ns  # not in the midst of sending: what brakes would go out before it
             return ()
-        if not reason:  # an action server that refused goals takes them again
-            self._faults.pop(topic, None)
-            return ()
-        if any(topic == endpoint.topic for endpoint in self.subscriptions):
-            self._faults.reject(topic, reason, now)
+        if topic in self._lasting:
+            self._faults.stand(topic, reason)
         else:
-            self._faults[topic] = reason
+            self._faults.reject(topic, reason, now)
         if topic == EMERGENCY_STOP.topic:  # whoever sent it meant something, and it can only have been one thing
             self._on_flag(topic, True, now)
         return self._control(now)
@@ -163,12 +162,12 @@ class CommandCore:
         return (Send(CONTROL_STATUS.topic, Text.of(saved=str(value), episode=self._episode_number())),)
 
     def _guarded(self, topic: str, message: Text, handle: Any, now: Now) -> Effects:
+        self._refusals.pop(topic, None)
         try:
-            effects: Effects = handle(message.object(), now)
-            self._faults.pop(topic, None)
-            return effects
+            return handle(message.object(), now)
         except (TransportError, KeyError, TypeError, ValueError, OverflowError) as error:
-            self._faults[topic] = f"{topic}: {type(error).__name__}: {error}"[:400]
+            self._refusals[topic] = f"{type(error).__name__}: {error}"[:400]
+            self._faults.reject(topic, self._refusals[topic], now)
             return ()
 
     def _on_heartbeat(self, message: Status, now: Now) -> None:
@@ -408,7 +407,7 @@ class CommandCore:
 
     def refusal(self, topic: str) -> str:
         """Why the last message on `topic` was not followed, "" when it was; for shells with services."""
-        return self._faults.get(topic, "")
+        return self._refusals.get(topic, "")
 
     # ---- before the shell falls silent ----
     def hold(self, now: Now) -> Effects:

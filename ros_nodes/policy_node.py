@@ -53,6 +53,7 @@ from ros_nodes.node import (
     Send,
     pictures_of,
 )
+from ros_nodes.reports import Faults
 from ros_nodes.request import CONFIDENCE, ChunkId, Request
 from vla.data.transforms import fits, fitted
 from vla.embodiment import Embodiment
@@ -131,7 +132,8 @@ class PolicyCore:
             topic: deque(maxlen=_STATES_KEPT) for topic in self._joints
         }
         self._instruction = ""
-        self._faults: dict[str, str] = {"instruction": "no instruction yet on /vla/instruction"}
+        self._faults = Faults()
+        self._faults["instruction"] = "no instruction yet on /vla/instruction"
         self._waiting: Request | None = None
         self._waiting_since_ns = self._asked_ns = 0  # steady times: of the request that waits, of the one that runs
         self._running: tuple[Request, int] | None = None
@@ -167,13 +169,12 @@ class PolicyCore:
                 if self._waiting is None:
                     self._waiting_since_ns = now.steady_ns
                 self._waiting = request
-                self._faults.pop("request", None)
             except TransportError as error:
-                self._faults["request"] = str(error)
+                self._faults.reject(topic, str(error), now)
         return self._try_to_infer(now)
 
     def on_reject(self, topic: str, reason: str, now: Now) -> Effects:
-        self._faults[self._cameras[topic].name if topic in self._cameras else topic] = reason
+        self._faults.reject(topic, reason, now)
         return ()
 
     def _on_image(self, topic: str, message: Picture) -> None:
@@ -316,7 +317,7 @@ class PolicyCore:
             return ()
         if self._waiting is not None and self._running is None and self._instruction:
             self._note_missing(self._waiting, now)
-        return (Send(HEARTBEAT.topic, self.status()),)
+        return (Send(HEARTBEAT.topic, self.status(now)),)
 
     def _note_missing(self, request: Request, now: Now) -> None:
         """A request that still waits for sensors after max_age_s: the heartbeat says for which."""
@@ -329,9 +330,9 @@ class PolicyCore:
         expected = f"{list(sources)} within {self._slop_ns / NS_PER_S:g} s of each other"
         self._faults["observation"] = explain("observation", expected, got, "Check their topics and clocks.")
 
-    def status(self) -> Status:
+    def status(self, now: Now) -> Status:
         """What the heartbeat says now."""
-        fault = "; ".join(self._faults.values())[:400]
+        fault = "; ".join(self._faults.shown(now).values())[:400]
         level = OK if not fault else ERROR if "inference" in self._faults else WARN
         return Status(
             level, self.name, fault or "ready", {**self._facts, **self._numbers(), **self._last}, self._robot.name

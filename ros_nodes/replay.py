@@ -205,7 +205,7 @@ class _Feed:
                     continue
                 self._given[topic].append(message.stamp_ns)
             self.now_ns = max(self.now_ns, at_ns)
-            self.perform(self._core.on_message(topic, message, self._now()))
+            self.perform(self._core.on_message(topic, message, self.now()))
             if enough():
                 return
 
@@ -235,7 +235,7 @@ class _Feed:
         return item is not None
 
     def ask(self, request: Request) -> None:
-        self.perform(self._core.on_message(REQUEST.topic, request.text(), self._now()))
+        self.perform(self._core.on_message(REQUEST.topic, request.text(), self.now()))
 
     def perform(self, effects: Effects) -> None:
         for effect in effects:
@@ -246,7 +246,7 @@ class _Feed:
                     value: Any = effect.run()
                 except Exception as error:  # as the shell's worker hands it on
                     value = error
-                self.perform(self._core.on_result(effect.name, value, self._now()))
+                self.perform(self._core.on_result(effect.name, value, self.now()))
 
     def answered(self) -> bool:
         return bool(self._chunks)
@@ -257,7 +257,7 @@ class _Feed:
         self._chunks.clear()
         return chunk
 
-    def _now(self) -> Now:
+    def now(self) -> Now:
         return Now(self.now_ns, self.now_ns, self.now_ns)
 
 
@@ -341,7 +341,7 @@ def _unanswered(answer: Answer, core: PolicyCore, feed: _Feed, absent: Sequence[
     stamps = feed.chosen(answer)
     why = "observation missing: " + ", ".join(f"{topic} stamped {stamps[topic]}" for topic in absent)
     if not absent:
-        said = core.status().message
+        said = core.status(feed.now()).message
         why = f"observation missing: it cannot be put together as it was ({said})"
         feed.ask(replace(request, start_ns=2**62))
     return f"request {request.number} of episode {request.episode}: {why}"

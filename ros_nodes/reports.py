@@ -16,14 +16,21 @@ _STOPS_KEPT = 1000
 
 
 class Faults(dict[str, str]):
-    """Why, by topic or kind, for as long as it stands; and for a second, messages that could not be read."""
+    """Why, by topic or kind, for as long as it stands; and for a second, messages that could not be read or followed.
+    One that is refused is an event: of its topic, nothing better may ever come to end it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._rejected: dict[str, tuple[str, int]] = {}  # by topic: why, and the steady time
 
     def reject(self, topic: str, why: str, now: Now) -> None:
-        self._rejected[topic] = (why, now.steady_ns)
+        self._rejected[topic] = (f"{topic}: {why}", now.steady_ns)
+
+    def stand(self, topic: str, why: str) -> None:
+        """Until it is withdrawn, with "" for why."""
+        self.pop(topic, None)
+        if why:
+            self[topic] = why
 
     def shown(self, now: Now) -> dict[str, str]:
         recent = {k: why for k, (why, at) in self._rejected.items() if now.steady_ns - at < REJECT_SHOWN_NS}

@@ -64,9 +64,11 @@ class Shadow:
         self._newest = np.full(sum(len(topic.joints) for topic in self._joints.values()), np.nan)
         self._rows: dict[int, np.ndarray] = {}  # stamp -> positions, or the state vector, the newest of each topic
         self._given, self._asked, self._waiting = instruction, 0, False
+        self.now = Now(0, 0)  # of the last call
 
     # ---- messages ----
     def on_message(self, topic: str, message: Message, now: Now) -> None:
+        self.now = now
         if topic in self._sinks:
             self._on_command(topic, message, now)
         if isinstance(message, JointState) and topic in self._joints:
@@ -76,10 +78,11 @@ class Shadow:
 
     def on_reject(self, topic: str, reason: str) -> None:
         if topic in self._ours:
-            self.policy.on_reject(topic, reason, Now(0, 0))
+            self.policy.on_reject(topic, reason, self.now)
 
     def tick(self, now: Now) -> None:
         """Ask, when it is time to."""
+        self.now = now
         if now.steady_ns >= self.policy.next_tick_ns:
             self.policy.tick(now)  # it notes what it lacks; its heartbeat goes nowhere
         if self._waiting or not now.stamp_ns:
@@ -251,7 +254,7 @@ def findings(shadow: Shadow) -> list[Finding]:
     against = "an operator's commands" if made.commanded else "where the joints went (no commands on a topic)"
     enough = made.chunks >= MIN_CHUNKS
     got = f"{made.chunks} of {len(shadow.chunks)}, {made.actions} actions, against {against}"
-    remedy = "" if enough else f"Policy: {shadow.policy.status().message}. Or listen longer: --seconds."
+    remedy = "" if enough else f"Policy: {shadow.policy.status(shadow.now).message}. Or listen longer: --seconds."
     out = [Finding("chunks", OK if enough else WRONG, f"{MIN_CHUNKS} or more to compare", got, remedy)]
     for d in made.dimensions:
         numbers = f"error {d.error_mean:.3g} {d.unit}, p95 {d.error_p95:.3g} {d.unit}"

@@ -137,11 +137,24 @@ def test_of_two_policies_the_one_that_is_left_goes_on() -> None:
     assert driver.status_now()["verdict"] in ("pass", "reshape") and "policies" not in driver.diagnosis().values
 
 
-def test_messages_that_cannot_be_read_are_named_for_a_second() -> None:
+@pytest.mark.parametrize("topic", [JOINT_STATES.topic, "/clock"])  # the shell hears /clock, not the core
+def test_messages_that_cannot_be_read_are_named_for_a_second(topic: str) -> None:
     driver = Driver().moving()
-    driver.perform(driver.core.on_reject(JOINT_STATES.topic, "cut short", driver.now()))
+    driver.perform(driver.core.on_reject(topic, "cut short", driver.now()))
     driver.run(300)
-    assert driver.diagnosis().level == m.WARN and driver.diagnosis().values[JOINT_STATES.topic] == "cut short"
+    assert driver.diagnosis().level == m.WARN and driver.diagnosis().values[topic] == f"{topic}: cut short"
+    assert f"{topic}: cut short" in driver.diagnosis().message
+    driver.run(1200)
+    assert driver.diagnosis().level == m.OK
+
+
+def test_words_that_mean_nothing_are_named_for_a_second() -> None:
+    driver = Driver().moving()
+    driver.give(CONTROL.topic, m.Text('{"op":"stpo"}'))
+    driver.give(SIM_STATUS.topic, m.Text("{}"))
+    driver.run(300)
+    assert driver.diagnosis().level == m.WARN and {CONTROL.topic, SIM_STATUS.topic} <= set(driver.diagnosis().values)
+    assert "Did you mean 'stop'" in driver.core.refusal(CONTROL.topic)
     driver.run(1200)
     assert driver.diagnosis().level == m.OK
 

@@ -194,9 +194,9 @@ def test_without_one_arm_there_is_no_observation_and_the_heartbeat_says_which() 
     look(core, at)
     assert not tell(core, REQUEST.topic, Request(0, 0, 0, at).text(), at)
     core.tick(Now(at + 10**9, at + 10**9))
-    assert f"['joint states {HAND}']" in core.status().message
+    assert f"['joint states {HAND}']" in core.status(Now(at, at)).message
     tell(core, HAND, m.JointState(at, ("thumb",), np.zeros(1)), at)
-    assert f"joint states {HAND}: expected positions of ['finger']" in core.status().message
+    assert f"joint states {HAND}: expected positions of ['finger']" in core.status(Now(at, at)).message
 
 
 # ---- recordings ----

@@ -263,6 +263,18 @@ def test_an_unsupported_encoding_is_named() -> None:
     assert "16UC1" in driver.beat().message
 
 
+@pytest.mark.parametrize("topic", [INSTRUCTION.topic, REQUEST.topic, JOINT_STATES.topic, AGENT, "/clock"])
+def test_a_message_that_cannot_be_read_is_named_for_a_second(topic: str) -> None:
+    """And then forgotten, whether or not a better one comes; what was heard before it stands."""
+    driver = Driver().ready()
+    driver.perform(driver.core.on_reject(topic, "cut short", driver.now()))
+    driver.ask()
+    assert driver.chunks
+    beats = [driver.beat() for _ in range(25)]  # 1.25 s
+    assert [f"{topic}: cut short" in beat.message for beat in beats] == [True] * 19 + [False] * 6
+    assert [beat.level for beat in beats] == [m.WARN] * 19 + [m.OK] * 6
+
+
 def test_no_instruction_yet() -> None:
     driver = Driver()
     driver.sensors()
@@ -315,12 +327,12 @@ def test_the_heartbeat_stops_while_inference_hangs() -> None:
     "text",
     ["{}", '{"v":2}', "no json", '{"v":1,"episode":0}', '{"v":1,"episode":0,"seed":true}', '{"v":1,"episode":1e400}'],
 )
-def test_a_malformed_request_is_refused_and_reported(text: str) -> None:
+def test_a_malformed_request_is_refused_and_reported_for_a_second(text: str) -> None:
     driver = Driver().ready()
     driver.give(REQUEST.topic, m.Text(text))
-    assert not driver.chunks and driver.beat().level == m.WARN
+    assert not driver.chunks and driver.beat().level == m.WARN and REQUEST.topic in driver.beat().message
     driver.ask()
-    assert len(driver.chunks) == 1 and driver.beat().level == m.OK
+    assert len(driver.chunks) == 1 and [driver.beat().level for _ in range(20)][-1] == m.OK
 
 
 def test_the_heartbeat_says_what_chunks_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +451,7 @@ def test_the_node_runs_what_its_command_line_names(monkeypatch: pytest.MonkeyPat
         policy_node.main(["--policy", "somewhere", "--device", "cuda:99"])
     assert devices == ["cpu", "cpu", "cuda:0" if torch.cuda.is_available() else "cpu"]
     plain, full, _ = (core._policy for core in cores)
-    assert cores[0].status().values["device"] == "cpu"
+    assert cores[0].status(Now(0, 0)).values["device"] == "cpu"
     assert isinstance(plain, VlaPolicy) and isinstance(plain.decoder, AutoregressiveDecoder)
     assert isinstance(full, EnsemblingPolicy) and full.rule.decay == 0.2 and isinstance(full.policy, ReusePolicy)
     inner = full.policy.policy
