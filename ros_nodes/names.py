@@ -22,6 +22,12 @@ def relative(topic: str) -> str:
     return topic if topic in _GLOBAL else topic.lstrip("/")
 
 
+def spoken(full: str) -> str:
+    """The name under which a node speaks on /diagnostics, which all namespaces share: the full one, so that one arm is
+    not taken for the other; without a namespace its own."""
+    return full.lstrip("/") if full.count("/") == 1 else full
+
+
 @dataclass(frozen=True)
 class Names:
     """A node's namespace, "" for none, and (from, to) of the topics it remaps, of which the first that fits counts.

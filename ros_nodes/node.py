@@ -143,7 +143,7 @@ Effects = Sequence[Effect]
 
 
 class NodeCore(Protocol):
-    name: str
+    name: str  # what it calls itself in statuses; the shell puts its name in the graph here, see names.spoken
 
     @property
     def subscriptions(self) -> Sequence[Endpoint]: ...

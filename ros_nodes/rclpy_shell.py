@@ -45,7 +45,7 @@ from rclpy.utilities import remove_ros_args
 
 from ros_nodes import settings
 from ros_nodes.messages import DISTROS, Flag, Raw, Text, encode
-from ros_nodes.names import relative
+from ros_nodes.names import relative, spoken
 from ros_nodes.node import (
     CONTROL,
     EMERGENCY_STOP,
@@ -208,6 +208,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
             self._perform(core.leave(self._now()))
 
     def _attach(self, core: NodeCore, options: Any) -> None:
+        core.name = spoken(self.get_fully_qualified_name())
         self._distro, self._graph_clock = options.distro, GraphClock(options.use_sim_time)
         overrides = {"qos_overriding_options": QoSOverridingOptions(_OVERRIDABLE)}
         for e in core.publications:

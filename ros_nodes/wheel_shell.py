@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from ros_nodes.messages import DISTROS, Clock, Raw, encode
-from ros_nodes.names import Names
+from ros_nodes.names import Names, spoken
 from ros_nodes.node import CLOCK, Effects, Job, NodeCore, Send
 from ros_nodes.shell import EXIT_LIMIT_S, JOB_END_S, SWITCH_INTERVAL_S, GraphClock, Worker, hold, read, settle
 from ros_nodes.wire import Participant, Publisher, Subscription
@@ -64,7 +64,9 @@ class WheelShell:
         self.job_stuck = False  # a job did not end in time; its thread lives on
         self.bounded_exit = False
         names = names or Names()
-        self._participant = Participant(names.node or core.name, names.full(), domain, network, distro)
+        own = names.node or core.name
+        core.name = spoken(names.full(own))
+        self._participant = Participant(own, names.full(), domain, network, distro)
         self._publishers: dict[str, Publisher] = {
             e.topic: self._participant.publisher(names(e.topic), e.type_name, e.quality) for e in core.publications
         }

@@ -10,7 +10,7 @@ from shells import SHELLS, Graph, graph
 
 from ros_nodes import messages as m
 from ros_nodes.launching import LAUNCHES, wheel_command
-from ros_nodes.names import Names
+from ros_nodes.names import Names, spoken
 from ros_nodes.node import (
     CHUNK,
     CLOCK,
@@ -38,6 +38,7 @@ def test_names_follow_a_nodes_namespace_and_remappings() -> None:
     assert left(CLOCK.topic) == CLOCK.topic and left(DIAGNOSTICS.topic) == DIAGNOSTICS.topic, "of the whole graph"
     assert Names.of("/two/arms", [])("/a") == "/two/arms/a" and Names.of("", ["/a:=/b"])("/a") == "/b"
     assert left.full("vla_command") == "/left/vla_command" and left.full() == "/left" and plain.full() == "/"
+    assert spoken(left.full("vla_command")) == "/left/vla_command" and spoken(plain.full("gate")) == "gate"
 
 
 def test_rules_for_the_node_itself() -> None:
@@ -97,7 +98,7 @@ def test_a_node_in_a_namespace(shell: str) -> None:
         words = [word for rule in rules for word in ("-r", rule)]
         process = found.start("command", *words, embodiment="tabletop", use_sim_time=True)
         found.hear(status)
-        found.hear(DIAGNOSTICS.topic)
+        assert found.hear(DIAGNOSTICS.topic).statuses[0].name == "/left/gate"
         names = Names.of("", list(rules))
         core = {e.topic for e in (CHUNK, HEARTBEAT, CONTROL, CONTROL_STATUS, DIAGNOSTICS, CLOCK, JOINT_STATES)}
         found.wait(lambda: {names(topic) for topic in core} <= topics_of(found), "the node's topics", 10)
@@ -124,6 +125,7 @@ def test_two_arms_are_launched_side_by_side_on_the_wheel() -> None:
         for arm in arms:
             for endpoint in (HEARTBEAT, CONTROL_STATUS):
                 found.listen(endpoint, f"/{arm}{endpoint.topic}")
+        found.listen(DIAGNOSTICS)
         found.publisher(INSTRUCTION, f"/left{INSTRUCTION.topic}")
         found.operator.start()
         told = {"bundle": "hold", "robot": "tabletop", "domain": str(found.domain)}
@@ -139,6 +141,8 @@ def test_two_arms_are_launched_side_by_side_on_the_wheel() -> None:
             for topic in found.heard:
                 found.hear(topic)
             assert set(commands) <= nodes_of(found.operator)
+            for arm in arms:  # on the topic that they share, one is not taken for the other
+                found.hear(DIAGNOSTICS.topic, lambda said, arm=arm: said.statuses[0].name == f"/{arm}/vla_command")
             found.say(INSTRUCTION, m.Text("push the red cube"), f"/left{INSTRUCTION.topic}")
             found.hear(f"/left{HEARTBEAT.topic}", lambda status: "no instruction" not in status.message)
             right = found.heard[f"/right{HEARTBEAT.topic}"]
