@@ -269,6 +269,9 @@ class Watch:
         """What /diagnostics says of it."""
         joints = [source.fault or source.late(now) for source in self._sources.values()]
         out = {"joint_states": "; ".join(filter(None, joints))} if any(joints) else {}
+        silence_ns = self.silence_ns(now)
+        if not running and (silence_ns is None or silence_ns >= SILENCE_NS):  # of a moving arm the loop says it
+            out["heartbeat"] = "no heartbeat of a policy"
         if running and (blind := self._blind(now)):
             out["camera"] = blind
         if refused := self._refused(now):

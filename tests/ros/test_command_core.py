@@ -215,6 +215,19 @@ def test_a_required_emergency_stop_that_says_false_lets_the_arm_move() -> None:
     assert "estop" not in driver.diagnosis().values
 
 
+def test_while_idle_a_policy_that_is_not_there_is_a_warning() -> None:
+    driver = Driver()
+    driver.policy_alive = False
+    driver.run(300)
+    assert driver.diagnosis().level == m.WARN and "no heartbeat of a policy" in driver.diagnosis().message
+    driver.policy_alive = True
+    driver.run(300)
+    assert driver.diagnosis().level == m.OK and driver.diagnosis().message == "ok"
+    driver.policy_alive = False  # it ended before anything moved
+    driver.run(400)
+    assert driver.diagnosis().level == m.WARN and "no heartbeat of a policy" in driver.diagnosis().message
+
+
 def test_leaving_in_motion_brakes_and_ends_the_episode() -> None:
     driver = Driver().moving()
     driver.perform(driver.core.hold(driver.now()))
