@@ -60,6 +60,8 @@ class Parts:
         """
         from policies.vla_policy import VlaPolicy
 
+        if threads is not None and threads < 1:
+            raise ConfigError(explain("threads", "1 or more", threads, "Leave it out for the default."))
         if self.reuse is not None and self.pruning is None:
             remedy = "Choose pruning score, which drops none."
             raise ConfigError(explain("reuse", "a pruning that names the important visual tokens", "none", remedy))

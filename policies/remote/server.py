@@ -13,6 +13,7 @@ import hmac
 import http
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import ssl
@@ -59,8 +60,9 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 0.0 if name == "batch_wait_s" else 1e-3 if name.endswith("_s") else 1
-            if not value >= least:
-                raise ConfigError(explain(name, f"at least {least:g}", value, "Leave it out for the default."))
+            if not least <= value < math.inf:
+                expected = f"a number of at least {least:g}"
+                raise ConfigError(explain(name, expected, value, "Leave it out for the default."))
 
 
 class PolicyServer:
@@ -88,7 +90,7 @@ class PolicyServer:
         parts: Mapping[str, Any] | None = None,
         software: str = "",
     ):
-        check_access(host, token, open_to_all)
+        check_access(host, port, token, open_to_all)
         _check_memory(policy)
         self._host, self._port, self._token = host, port, token
         self._tls = _tls(certificate, key)
@@ -241,8 +243,11 @@ class PolicyServer:
             return f"the policy failed: {type(error).__name__}: {error}"
 
 
-def check_access(host: str, token: str, open_to_all: bool) -> None:
-    """Raise ConfigError for a host beyond loopback without a token, unless open_to_all, and for an unusable token."""
+def check_access(host: str, port: int, token: str, open_to_all: bool) -> None:
+    """Raise ConfigError for a port that is none, for an unusable token, and for a host beyond loopback without one,
+    unless open_to_all."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(explain("port", "0 (a free one) to 65535", port, "Choose another."))
     if not token and not open_to_all and not is_loopback(host):
         remedy = "Give a token, or say (--no-token) that anyone who reaches the port may use the policy."
         raise ConfigError(explain("host", "a loopback address, or a token", f"{host!r} without one", remedy))

@@ -191,15 +191,15 @@ def test_the_client_takes_its_token_from_the_environment(monkeypatch: pytest.Mon
 def test_only_loopback_without_a_token() -> None:
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
         assert is_loopback(host)
-        check_access(host, "", False)
+        check_access(host, 8000, "", False)
     for host in ("0.0.0.0", "::", "", "192.0.2.1", "no.such.host.invalid"):
         assert not is_loopback(host)
         with pytest.raises(ConfigError, match="host: expected a loopback address, or a token"):
             PolicyServer(Echo(), host)
-        check_access(host, "token", False)
-        check_access(host, "", True)
+        check_access(host, 8000, "token", False)
+        check_access(host, 8000, "", True)
     with pytest.raises(ConfigError, match="token"):
-        check_access("127.0.0.1", "with space", False)
+        check_access("127.0.0.1", 8000, "with space", False)
 
 
 def test_a_web_page_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,13 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from policies.remote.server import Limits, PolicyServer, check_access, is_loopback
+    from vla.errors import ConfigError, explain
 
+    if not 0 < args.max_message * 2**20 < math.inf:
+        expected = "a number of MiB above 0"
+        raise ConfigError(explain("max-message", expected, args.max_message, "Leave it out for the default."))
     limits = Limits(
         max_message_bytes=int(args.max_message * 2**20), max_connections=args.max_connections,
         max_batch=args.max_batch, batch_wait_s=args.batch_wait,
     )  # fmt: skip
     token = _token(args.token, args.token_file)
-    check_access(args.host, token, args.no_token)  # before a large model loads
+    check_access(args.host, args.port, token, args.no_token)  # before a large model loads
     policy, about = _policy(args)
     server = PolicyServer(
         policy, args.host, args.port, token=token, open_to_all=args.no_token, certificate=args.tls_cert,
