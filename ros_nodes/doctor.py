@@ -332,10 +332,10 @@ def _together(live: Live, slop_s: float) -> list[Finding]:
         return [Finding("observations", WRONG, "stamps of one time", "none in common", "Synchronise the clocks.")]
     far = np.max([_distance(other, stamps[inner]) for other in sources], axis=0)
     share = float(np.mean(far <= slop_s * NS_PER_S))
-    got = f"{100 * share:.0f} % of pictures, the others up to {far.max() / 1e6:.0f} ms apart"
+    got = f"{100 * share:.0f} % of pictures, the others up to {far.max() / 1e6:.0f} ms from it"
     state = WRONG if share < _MIN_RATE else DOUBT if share < _FEW else OK
     remedy = "" if state == OK else "Trigger the cameras together, or raise the policy node's slop."
-    return [Finding("observations", state, f"all sensors within {slop_s * 1e3:g} ms", got, remedy)]
+    return [Finding("observations", state, f"all sensors within {slop_s * 1e3:g} ms of the first camera", got, remedy)]
 
 
 def _distance(stamps: np.ndarray, to: np.ndarray) -> np.ndarray:

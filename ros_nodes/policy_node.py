@@ -93,11 +93,12 @@ class PolicyCore:
     """policy: what infers. state: joint positions float64[D], in command order, to float32[S]; None when the robot
     publishes its state vector on /state (embodiments without a kinematic model).
 
-    slop_s: largest distance of two stamps in one observation. max_age_s: oldest usable observation. compressed: hear
-    sensor_msgs/CompressedImage on `<camera topic>/compressed`; topics that end so are heard so anyway.
-    hang_limit_s: an inference that takes longer silences the heartbeat. first_number: of this process's chunks; far
-    from those of any other policy, so that the command node can tell them apart. facts: what decides a chunk beside its
-    inputs; the heartbeat says it, so that a recording knows (see ros_nodes.policies.facts_of).
+    slop_s: largest distance of any stamp from the first camera's in one observation, so two of the others may lie twice
+    as far apart. max_age_s: oldest usable observation. compressed: hear sensor_msgs/CompressedImage on `<camera
+    topic>/compressed`; topics that end so are heard so anyway. hang_limit_s: an inference that takes longer silences
+    the heartbeat. first_number: of this process's chunks; far from those of any other policy, so that the command node
+    can tell them apart. facts: what decides a chunk beside its inputs; the heartbeat says it, so that a recording knows
+    (see ros_nodes.policies.facts_of).
     """
 
     name = "vla_policy"
@@ -222,8 +223,8 @@ class PolicyCore:
         return (Job("infer", lambda: self._infer(request, *found)),)
 
     def _observation(self, not_before_ns: int, now: Now) -> tuple[Observation, dict[str, Picture]] | None:
-        """The newest set of frames and state within `slop`, the pictures beside it as they came; None, with the reason
-        noted, when there is none."""
+        """The newest picture of the first camera with frames and state within `slop` of it, the pictures beside it as
+        they came; None, with the reason noted, when there is none."""
         first, *others = self._frames.values()
         for stamp, picture in reversed(first):
             if stamp < not_before_ns:
@@ -326,8 +327,9 @@ class PolicyCore:
         told = {self._joints[topic].label: items for topic, items in self._states.items()}
         sources: dict[str, deque[tuple[int, Any]]] = {**self._frames, **told}
         silent = [name for name, items in sources.items() if not items or items[-1][0] < request.start_ns]
+        first, *others = sources
         got = f"nothing new of {silent}" if silent else "stamps further apart"
-        expected = f"{list(sources)} within {self._slop_ns / NS_PER_S:g} s of each other"
+        expected = f"{others} within {self._slop_ns / NS_PER_S:g} s of {first}"
         self._faults["observation"] = explain("observation", expected, got, "Check their topics and clocks.")
 
     def status(self, now: Now) -> Status:

@@ -126,7 +126,7 @@ POLICY = (
     Setting("threads", "int", 1, "torch CPU threads", 1, 256),
     Setting("embodiment", "text", "", "refuse a policy made for another robot; needed for 'hold'"),
     Setting("compressed", "flag", False, "hear <camera topic>/compressed, pictures as JPEG or PNG"),
-    Setting("slop", "float", 0.02, "largest distance of stamps in one observation", 0.0, 1.0, unit="s"),
+    Setting("slop", "float", 0.02, "largest distance of any stamp from the first camera's", 0.0, 1.0, unit="s"),
     Setting("max_age", "float", 0.5, "oldest usable observation", 0.01, 10.0, unit="s"),
     Setting("hang_limit", "float", 0.5, "inference time that silences the heartbeat", 0.05, 60.0, unit="s"),
 )

@@ -1,4 +1,4 @@
-"""Compressed pictures on their way to the policy: what is taken, what is refused, and where they are decoded."""
+"""Pictures on their way to the policy, compressed or not: what is taken and refused, and where they are decoded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ros_nodes import messages as m
 from ros_nodes.node import INSTRUCTION
 from ros_nodes.policy_node import PolicyCore
 from tests.ros.test_policy_core import AGENT, PERIOD, ROBOT, T0, WRIST, Driver
+from vla.data.transforms import resize
 
 ZIPPED = f"{AGENT}/compressed"
 
@@ -37,6 +38,26 @@ class Zipped(Driver):
     def frame(self, topic: str = AGENT, stamp_ns: int = 0, size: int = 128, encoding: str = "png", **file: Any) -> None:
         data = file.get("data", picture(size=size, kind=encoding))
         self.give(f"{topic}/compressed", m.CompressedImage(T0 + stamp_ns, "cam", file.get("format", encoding), data))
+
+
+@pytest.mark.parametrize("size", [256, 320])
+def test_larger_pictures_in_the_cameras_proportion_reach_the_policy_averaged(size: int) -> None:
+    driver = Driver().ready()
+    pixels = np.random.default_rng(1).integers(0, 256, (size, size, 3), np.uint8)
+    driver.give(AGENT, m.Image(T0, "cam", "rgb8", pixels))
+    driver.ask()
+    assert np.array_equal(driver.policy.seen[0][0].images["agentview"], resize(pixels, 128, 128))
+    assert driver.beat().level == m.OK
+
+
+@pytest.mark.parametrize("encoding", ["bgr8", "rgba8", "mono8"])
+def test_every_encoding_reaches_the_policy_as_rgb(encoding: str) -> None:
+    driver = Driver().ready()
+    pixels = np.random.default_rng(1).integers(0, 256, (128, 128, m.CHANNELS[encoding]), np.uint8)
+    driver.give(AGENT, m.decode(m.Image.type_name, bytes(m.encode(m.Image(T0, "cam", encoding, pixels)))))
+    driver.ask()
+    channels = {"bgr8": [2, 1, 0], "rgba8": [0, 1, 2], "mono8": [0, 0, 0]}[encoding]
+    assert np.array_equal(driver.policy.seen[0][0].images["agentview"], pixels[..., channels])
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
