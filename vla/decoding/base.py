@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from vla import configs
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.costs import pass_costs
 from vla.errors import ConfigError, explain
@@ -193,11 +194,13 @@ class Decoder(Protocol):
 class TokenDecoder(ABC):
     """A decoder of action tokens. head: name of the head, "" for the first that makes them.
 
-    tokenizer: the only kind of tokens that a decoder can do with, "bins" or "fast"; "" takes any.
+    tokenizer: the only kind of tokens that a decoder can do with, "bins" or "fast"; "" takes any. kind: of the heads
+    that are looked for; see `exactly`.
     """
 
     exact = True
     tokenizer = ""
+    kind = "tokens"
 
     def __init__(self, head: str = ""):
         self.head = head
@@ -207,7 +210,7 @@ class TokenDecoder(ABC):
 
     def head_in(self, bundle: Bundle) -> str:
         """The name of the head that is decoded; see `find_head`."""
-        return find_head(bundle, self.head, "tokens", self.tokenizer)
+        return find_head(bundle, self.head, self.kind, self.tokenizer)
 
     @abstractmethod
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -224,6 +227,24 @@ class TokenDecoder(ABC):
         out = self.generate(suffix, given.grammar(head), self.hints(given, head))
         suffix.truncate(0)  # another decoder may use the prefix next
         return detokenized(given.bundle, head, out)
+
+
+def exactly(inner: str, head: str, kind: str = "tokens") -> TokenDecoder:
+    """The decoder inside another that only wants greedy's tokens of one head, however they are found.
+
+    inner: a name in configs/decoder, then settings as KEY=VALUE, as behind --decoder. kind: "hybrid" where the caller
+    has written the noisy actions that stand before the tokens. ConfigError for one that is not exact.
+    """
+    name, *options = inner.split() or [""]
+    try:
+        made = configs.load("decoder", name, options)
+    except ConfigError as error:
+        raise ConfigError(f"decoder.inner: {error}") from error
+    if not isinstance(made, TokenDecoder) or not made.exact:
+        remedy = "Take autoregressive, jacobi or speculative."
+        raise ConfigError(explain("decoder.inner", "a decoder that gives greedy's tokens", repr(inner), remedy))
+    made.head, made.kind = head, kind
+    return made
 
 
 def detokenized(bundle: Bundle, head: str, out: DecodedTokens) -> Decoded:

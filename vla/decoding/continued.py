@@ -14,8 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.autoregressive import AutoregressiveDecoder
-from vla.decoding.base import Decoded, DecodeInput, find_head
+from vla.decoding.base import Decoded, DecodeInput, exactly
 from vla.decoding.chunks import continued, goals
 
 
@@ -23,20 +22,22 @@ class ContinuedDecoder:
     """Greedy tokens; then the committed actions, to the last bit as normalised, come first.
 
     blend: the actions behind them go over from the last chunk to the new one by RTC's soft mask; False leaves them as
-    decoded. head: name of the token head, "" for the first. The ids are greedy's, the actions are not, so not exact;
-    without a previous chunk they are. Notes: "moved", largest change of a committed action, normalised, by sample.
+    decoded. inner: what finds the tokens, see `exactly`; it changes how long that takes and nothing else. head: name of
+    the token head, "" for the first. The ids are greedy's, the actions are not, so not exact; without a previous chunk
+    they are. Notes: inner's, and "moved", largest change of a committed action, normalised, by sample.
     """
 
     exact = False
 
-    def __init__(self, blend: bool = True, head: str = ""):
-        self.blend, self.head = blend, head
+    def __init__(self, blend: bool = True, inner: str = "autoregressive", head: str = ""):
+        self.blend, self.inner, self.head = blend, inner, head
+        self._inner = exactly(inner, head)
 
     def check(self, bundle: Bundle) -> None:
-        find_head(bundle, self.head, "tokens")
+        self._inner.check(bundle)
 
     def decode(self, given: DecodeInput) -> Decoded:
-        out = AutoregressiveDecoder(head=self.head).decode(given)
+        out = self._inner.decode(given)
         targets, masks, counts = goals(given)
         masks = masks if self.blend else np.floor(masks)
         grippers = given.bundle.embodiment.grippers

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from vla.checkpoints.bundle import Bundle
-from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import (
     Decoded,
     DecodedTokens,
     DecodeInput,
-    Hint,
+    TokenDecoder,
     detokenized,
+    exactly,
     find_head,
     gaussian,
     generators,
@@ -38,26 +38,32 @@ class EnsembleDecoder:
     threshold: 0 to 1, published 0.96; a sample's confidence is the mean probability of the greedy tokens of the first
     action, grippers left out. (Published for chunks of one action of seven values: the first six tokens. Later actions
     are executed later or never, so they have no say.) steps: of DDIM, see DiffusionDecoder. mode: "ensemble", or one of
-    the two answers by itself: "tokens", "diffusion". head: name of the hybrid head, "" for the first.
+    the two answers by itself: "tokens", "diffusion". inner: what finds the tokens, see `exactly`; it changes how long
+    that takes and nothing else. head: name of the hybrid head, "" for the first.
 
     Grippers are the actions with "gripper" in their name. Their mean, normalised, is made -1 or 1 again, by its sign,
     where the release takes 0.5 as the threshold.
     Not exact: the tokens are greedy's, but behind noise, and the noise follows the seed.
-    Notes, by sample: "confidence"; "averaged", 1 where the mean of both was used, else 0.
+    Notes: inner's, which say nothing of the noise; by sample "confidence"; "averaged", 1 where the mean of both was
+    used, else 0.
     """
 
     exact = False
 
-    def __init__(self, threshold: float = 0.96, steps: int = 4, mode: str = "ensemble", head: str = ""):
+    def __init__(
+        self, threshold: float = 0.96, steps: int = 4, mode: str = "ensemble", inner: str = "autoregressive",
+        head: str = "",
+    ):  # fmt: skip
         if not 0 <= threshold <= 1:
             raise ConfigError(explain("decoder.threshold", "0 to 1", threshold, "HybridVLA's is 0.96."))
         if mode not in MODES:
             raise ConfigError(f"decoder.mode: unknown mode {mode!r}. {nearest(mode, MODES)}")
-        self.threshold, self.steps, self.mode, self.head = threshold, steps, mode, head
-        self._diffusion = DiffusionDecoder(steps, head)
+        self.threshold, self.steps, self.mode, self.inner, self.head = threshold, steps, mode, inner, head
+        self._diffusion, self._inner = DiffusionDecoder(steps, head), exactly(inner, head, "hybrid")
 
     def check(self, bundle: Bundle) -> None:
         self._diffusion.check(bundle)
+        self._inner.check(bundle)
         head = find_head(bundle, self.head, "hybrid")
         tokenizer = bundle.action_tokenizers[head]
         if self.mode == "ensemble" and not isinstance(tokenizer, BinTokenizer):
@@ -70,7 +76,7 @@ class EnsembleDecoder:
         if self.mode == "diffusion":
             return self._diffusion.decode(given)
         head = find_head(given.bundle, self.head, "hybrid")
-        words = _words(given, head)
+        words = _words(given, head, self._inner)
         spoken = detokenized(given.bundle, head, words)
         if self.mode == "tokens":
             return spoken
@@ -85,7 +91,7 @@ class EnsembleDecoder:
             passes=diffused.passes + spoken.passes,
             ids=[ids if used else () for ids, used in zip(spoken.ids, averaged)],
             confidence=confidence.tolist(),
-            notes={"confidence": confidence.tolist(), "averaged": averaged.astype(float).tolist()},
+            notes=spoken.notes | {"confidence": confidence.tolist(), "averaged": averaged.astype(float).tolist()},
         )
 
 
@@ -102,7 +108,7 @@ def fuse(
     return np.where(averaged[:, None, None], mean, diffused), averaged
 
 
-def _words(given: DecodeInput, head: str) -> DecodedTokens:
+def _words(given: DecodeInput, head: str, inner: TokenDecoder) -> DecodedTokens:
     """Greedy tokens behind T + 3 entries of fresh noise at a random timestep."""
     model, prefix, draws = given.bundle.model, given.prefix, generators(given)
     gaussian(given, draws)  # the diffusion starts from these numbers: the same ones would not be fresh
@@ -111,7 +117,7 @@ def _words(given: DecodeInput, head: str) -> DecodedTokens:
     step = torch.cat([torch.randint(total, (1,), generator=draw) for draw in draws]).to(prefix.device)
     model.noise(prefix, head, noisy, step)
     prefix.cache.advance(noisy.shape[1] + 3)
-    hints = [Hint(seed) for seed in given.seeds]
-    out = AutoregressiveDecoder().generate(TokenSuffix(model, prefix, head), given.grammar(head), hints)
+    hints = inner.hints(given, head)
+    out = inner.generate(TokenSuffix(model, prefix, head), given.grammar(head), hints)
     prefix.cache.truncate(prefix.length)
     return replace(out, passes=out.passes + 1)
