@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from policies.vla_policy import VlaPolicy
-from sim.decode_costs import Cost, Reuse
+from sim.decode_costs import Cost, Pace
 from sim.decode_entries import Entry
 from sim.evaluate import EpisodeRecord, EvalConfig, Report, evaluate
 from sim.shares import merged, run_shares, shares
@@ -102,25 +102,27 @@ class Paired:
 
 
 # ---- rows ----
+def episodes_of(entry: Entry, reports: Mapping[str, Report]) -> Report | None:
+    """Of the entry itself, or of its reference where it equals that; None where nobody ran any."""
+    return reports.get(entry.name) or (reports.get(entry.reference) if entry.exact else None)
+
+
 def row(
     entry: Entry,
     costs: Mapping[str, Cost],
-    execute: int,
+    paces: Mapping[str, Pace],
     reports: Mapping[str, Report],
-    reuse: Reuse | None = None,
     moving: float = 1.0,
 ) -> dict[str, Any]:
     """One line of the results as plain data.
 
-    costs, reports: of all entries, by name; episodes are those of the entry itself, or of its reference where it equals
-    that. What compares with a reference that was not measured is None. reuse: its inferences that run no model; they
-    count in all but decode_ms, tokens and overhead. moving: share of an action's values that ever move; where a token
-    is a value, tokens per pass leave out the others, which nobody has to guess.
+    costs, paces, reports: of all entries, by name; episodes are those of the entry itself, or of its reference where it
+    equals that. What compares with a reference that was not measured is None. Inferences that run no model count in all
+    but decode_ms, tokens and overhead; no observation is refreshed by them. moving: share of an action's values that
+    ever move; where a token is a value, tokens per pass leave out the others, which nobody has to guess.
     """
     cost, base = costs[entry.name], costs.get(entry.reference or entry.name)
-    own = reports.get(entry.name)
-    if own is None and entry.exact:
-        own = reports.get(entry.reference)
+    own = episodes_of(entry, reports)
     pairs = {}
     if entry.name in reports:
         mine = reports[entry.name].episodes
@@ -129,10 +131,11 @@ def row(
             for name in entry.compared
             if name in reports
         }
-    reuse = reuse or Reuse()
-    runs = 1.0 - reuse.share
-    all_ms, counts = reuse.mixed(cost.total_ms)
+    pace = paces[entry.name]
+    runs = 1.0 - pace.reused
+    all_ms, counts = pace.mixed(cost.total_ms)
     total_ms, spread_ms = float(all_ms @ counts), _percentiles(all_ms, counts, (50, 95))
+    speed = {name: _actions_per_s(costs[name], paces[name]) for name in costs}
     config, window = entry.describe(), _window(entry, cost)
     same = error = None
     if base is not None:
@@ -160,19 +163,18 @@ def row(
         "first_action_ms": spread_ms,  # the loop takes a chunk as a whole
         "overhead": round(float(outside), 4) if spoken else None,
         "tokens_per_s": round(float(cost.tokens.sum() / (cost.decode_ms.sum() / 1e3)), 1) if spoken else None,
-        "actions_per_s": round(execute / total_ms * 1e3, 1),
-        "refresh_hz": round(1e3 / total_ms, 2),
+        "executed_per_inference": round(pace.executed, 3),
+        "actions_per_s": round(speed[entry.name], 1),
+        "refresh_hz": round(1e3 * runs / total_ms, 2),
         "flops_per_chunk": round(cost.flops * runs),
         "prefix_flops": round(cost.prefix_flops * runs),
         "repaired": cost.repaired,
-        "reused": round(reuse.share, 4),
-        "reuse_ms": round(float(np.mean(reuse.ms)), 3) if reuse.ms else 0.0,
+        "reused": round(pace.reused, 4),
+        "reuse_ms": round(float(np.mean(pace.reuse_ms)), 3) if pace.reuse_ms else 0.0,
         "reference": entry.reference or entry.name,
-        "speedup": None if base is None else round(float(base.total_ms.mean() / total_ms), 3),
+        "speedup": None if base is None else round(speed[entry.name] / speed[entry.reference or entry.name], 3),
         "speedups": {
-            name: round(float(costs[name].total_ms.mean() / total_ms), 3)
-            for name in ("greedy bins", "greedy FAST")
-            if name in costs
+            name: round(speed[entry.name] / speed[name], 3) for name in ("greedy bins", "greedy FAST") if name in speed
         },
         "same_chunks": _rounded(same),
         "bf16_flips": _rounded(cost.flips),
@@ -188,6 +190,12 @@ def row(
         "paired_difference": pairs.pop((*entry.compared, "")[0], None),
         "further_differences": list(pairs.values()),
     }
+
+
+def _actions_per_s(cost: Cost, pace: Pace) -> float:
+    """Executed actions over inference time."""
+    all_ms, counts = pace.mixed(cost.total_ms)
+    return 1e3 * pace.executed / float(all_ms @ counts)
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:

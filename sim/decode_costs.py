@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from policies.parts import Parts
 from policies.vla_policy import VlaPolicy
 from sim.decode_entries import ENTRIES, Entry
-from sim.evaluate import EvalConfig, evaluate
+from sim.evaluate import EpisodeRecord, EvalConfig, Report, evaluate
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.anytime import AnytimeDecoder
 from vla.decoding.autoregressive import AutoregressiveDecoder
@@ -81,38 +81,60 @@ class Cost:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What episodes tell of an entry's inferences. executed: actions executed per inference; a chunk that stands again
+    has fewer left. reused: share of inferences that ran no model. reuse_ms: what each of those took."""
+
+    executed: float
+    reused: float = 0.0
+    reuse_ms: tuple[float, ...] = ()
+
+    def mixed(self, forward_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Times of all inferences, from those of real forwards: float64[n], and how much each of them counts."""
+        reuse_ms = self.reuse_ms or (0.0,)
+        ran = np.full(len(forward_ms), (1 - self.reused) / len(forward_ms))
+        rest = np.full(len(reuse_ms), self.reused / len(reuse_ms))
+        return (
+            (np.concatenate((forward_ms, reuse_ms)), np.concatenate((ran, rest))) if self.reused else (forward_ms, ran)
+        )
+
+    def of(self, report: Report) -> Pace:
+        """The same with the counts of further episodes in the place of its own."""
+        inferences = max(1, sum(e.inferences for e in report.episodes))
+        reused = self.reused if report.reused is None else report.reused / inferences
+        return replace(self, executed=sum(e.executed for e in report.episodes) / inferences, reused=reused)
+
+
 class Recording(PolicyWrapper):
-    """A policy that keeps what it was shown, up to `most` times, and counts which inferences ran no model and how long
-    those took."""
+    """A policy that keeps what it was shown, up to `most` times, and how long inferences took that ran no model."""
 
     def __init__(self, policy: Policy, most: int = 0):
         super().__init__(policy)
         self._most = most
         self.seen: list[tuple[Observation, InferContext]] = []
-        self.inferences = 0
         self.reuse_ms: list[float] = []
 
     def infer_batch(self, observations: Sequence[Observation], contexts: Sequence[InferContext]) -> list[InferResult]:
         if len(self.seen) < self._most:
             self.seen += zip(observations, contexts)
         results = super().infer_batch(observations, contexts)
-        self.inferences += len(results)
         for result in results:
             if result.report.reused:
                 self.reuse_ms.append(result.report.times_ms["total"])
         return results
 
 
-def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> list[tuple[Observation, InferContext]]:
-    """`count` observations of the policy's own episodes, with their contexts."""
+def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> tuple[Seen, Pace]:
+    """`count` observations of the policy's own episodes, with their contexts, and the pace of these episodes."""
     recording = Recording(policy, count)
-    episodes = 0
+    episodes: list[EpisodeRecord] = []
     while len(recording.seen) < count:
-        if episodes >= 50 * count:
+        if len(episodes) >= 50 * count:
             raise DataError("bench: the episodes end before the policy is asked. Check env and policy.")
-        evaluate(recording, replace(config, episodes=1, seed=config.seed + episodes, out=""))
-        episodes += 1
-    return recording.seen[:count]
+        one = replace(config, episodes=1, seed=config.seed + len(episodes), out="")
+        episodes += evaluate(recording, one).episodes
+    return recording.seen[:count], Pace(0.0).of(Report({}, tuple(episodes)))
 
 
 class _Run:
@@ -319,29 +341,15 @@ class _Probe:
         return Decoded(np.zeros((given.batch, config.horizon, config.action_dim), np.float32), 0)
 
 
-@dataclass(frozen=True)
-class Reuse:
-    """share: of inferences that ran no model. ms: what each of those took, at least one of them if there is a share."""
-
-    share: float = 0.0
-    ms: tuple[float, ...] = ()
-
-    def mixed(self, forward_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Times of all inferences, from those of real forwards: float64[n], and how much each of them counts."""
-        ran = np.full(len(forward_ms), (1 - self.share) / len(forward_ms))
-        rest = np.full(len(self.ms), self.share / max(1, len(self.ms)))
-        return np.concatenate((forward_ms, self.ms)), np.concatenate((ran, rest))
-
-
-def reuse_share(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: int = 20) -> Reuse:
+def pace(policy: VlaPolicy, entry: Entry, config: EvalConfig, episodes: int = 20) -> Pace:
     """In episodes, because a reuse changes what comes after it."""
     kept = policy.decoder, policy.selection
     recording = Recording(entry.policy(policy))
     try:
-        evaluate(recording, replace(config, episodes=episodes, out=""))
+        report = evaluate(recording, replace(config, episodes=episodes, out=""))
     finally:
         policy.decoder, policy.selection = kept
-    return Reuse(len(recording.reuse_ms) / max(1, recording.inferences), tuple(recording.reuse_ms))
+    return Pace(0.0, 0.0, tuple(recording.reuse_ms)).of(report)
 
 
 def cost_curve(

@@ -59,8 +59,8 @@ class Entry:
 
 
 _BINS, _DISTILLED, _FAST = "greedy bins", "greedy distilled", "greedy FAST"
-# Pruning and reuse of a policy that is asked every few actions (--execute 2): what costs little, and what saves most.
-_OFTEN, _EAGER = ("score", "flashvla_often"), ("flashvla", "flashvla_eager")
+# Reuse of a policy that is asked all the time (--execute 1), without pruning: what costs little, what saves most.
+_OFTEN, _EAGER = ("score", "flashvla_often"), ("score", "flashvla_eager")
 
 
 def _capped(passes: int, window: int = 0, *more: str) -> tuple[str, ...]:
@@ -104,7 +104,8 @@ _LISTED = (
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),
     Entry("jacobi bins, warm, pruned, reused", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla", "flashvla"),
-    Entry("jacobi bins, warm, pruned, eagerly reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_EAGER),
+    Entry("jacobi bins, warm, often reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_OFTEN),
+    Entry("jacobi bins, warm, eagerly reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_EAGER),
     Entry(_DISTILLED, "autoregressive", ("head=distilled",)),
     Entry("jacobi distilled", "jacobi", ("head=distilled", "agreement=0.9"), _DISTILLED),
     Entry("jacobi distilled, whole block", "jacobi", ("head=distilled", "window=112"), _DISTILLED),
@@ -126,7 +127,7 @@ _LISTED = (
     Entry("reused FAST", "autoregressive", ("head=fast",), _FAST, "score", "flashvla"),
     Entry("pruned and reused FAST", "autoregressive", ("head=fast",), _FAST, "flashvla", "flashvla"),
     Entry("often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
-    Entry("pruned and eagerly reused FAST", "autoregressive", ("head=fast",), _FAST, *_EAGER),
+    Entry("eagerly reused FAST", "autoregressive", ("head=fast",), _FAST, *_EAGER),
     Entry("ensembled FAST", "autoregressive", ("head=fast",), _FAST, ensembling="act"),
     Entry("flow, 10 steps", "flow", (), _BINS),
     Entry("flow, 4 steps", "flow", ("steps=4",), _BINS),
@@ -144,7 +145,7 @@ _LISTED = (
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
     Entry("parallel, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),
-    Entry("parallel, pruned, eagerly reused", "parallel", (), _BINS, *_EAGER, against=("parallel",)),
+    Entry("parallel, eagerly reused", "parallel", (), _BINS, *_EAGER, against=("parallel",)),
 )
 ENTRIES = (*_LISTED, *by_default(sorted({*configs.names("decoder")} - {entry.config for entry in _LISTED})))
 

@@ -255,7 +255,7 @@ def test_it_equals_greedy_on_the_trained_policy(capsys) -> None:
     exact = [entry for entry in ENTRIES if entry.exact and not entry.name.endswith(("again", ", 4", ", 8"))]
     entries, _ = served(policy, exact)
     assert {entry.config for entry in entries} == {CASES[name].config for name in ("greedy", *EXACT)} - {"early_exit"}
-    costs = decode_costs.costs(policy, entries, decode_costs.observations(policy, EvalConfig(), 4))
+    costs = decode_costs.costs(policy, entries, decode_costs.observations(policy, EvalConfig(), 4)[0])
     for entry in entries:
         cost, greedy = costs[entry.name], costs[entry.reference or entry.name]
         assert len(set(greedy.ids)) > 2
@@ -291,7 +291,7 @@ def trained(tiny_dataset, tmp_path_factory):
     for _ in range(config.steps):
         trainer.step()
     policy = VlaPolicy(trainer.bundle(), AutoregressiveDecoder(head="bins"))
-    return policy, decode_costs.observations(policy, EvalConfig(episodes=1), 5)
+    return policy, decode_costs.observations(policy, EvalConfig(episodes=1), 5)[0]
 
 
 def said(policy, seen, decoder):

@@ -30,7 +30,10 @@ def policy(tiny_bundle) -> VlaPolicy:
 
 @pytest.fixture(scope="module")
 def seen(policy):
-    return decode_costs.observations(policy, EvalConfig(episodes=1), 6)
+    return decode_costs.observations(policy, EvalConfig(episodes=1), 6)[0]
+
+
+EIGHT = dict.fromkeys((entry.name for entry in decode_entries.ENTRIES), decode_costs.Pace(8.0))
 
 
 def entries(*names: str) -> list[decode_entries.Entry]:
@@ -95,7 +98,7 @@ def test_costs_are_of_all_decoders_on_the_same_observations(policy, seen) -> Non
     assert greedy.ids == jacobi.ids
     assert (greedy.passes == greedy.tokens).all() and (jacobi.passes <= greedy.passes).all()
     assert jacobi.flops > greedy.flops > 1e6  # it looks at tokens that it throws away
-    row = bench.row(lines[1], costs, 8, {})
+    row = bench.row(lines[1], costs, EIGHT, {})
     assert row["same_chunks"] == 1.0 and row["rms_to_reference"] == 0.0 and row["success_rate"] is None
     assert set(row) >= {
         "decoder", "config", "exact", "passes_per_chunk", "ms_per_chunk", "tokens_per_s", "actions_per_s", "refresh_hz",
@@ -153,7 +156,7 @@ def test_what_ensembling_and_continuing_change_is_no_equal_chunk(policy, seen, m
     monkeypatch.setattr(decode_costs, "_flops", lambda *_: 1.0)
     lines = entries("greedy FAST", "greedy FAST, again", "ensembled FAST")
     costs = decode_costs.costs(policy, lines, seen)
-    again, mean = (bench.row(line, costs, 8, {}) for line in lines[1:])
+    again, mean = (bench.row(line, costs, EIGHT, {}) for line in lines[1:])
     assert again["same_chunks"] == 1 and again["rms_to_reference"] == 0 and again["bf16_flips"] == 0
     assert mean["same_chunks"] < 1 and mean["rms_to_reference"] > 0
 
@@ -177,14 +180,14 @@ def test_one_share_of_moving_values_serves_all_heads() -> None:
     lines = entries("greedy bins", "greedy distilled", "greedy FAST")
     ids = [[(5, 9, 7, 5, 1, 7)] * 2, [(1, 2, 3, 4, 5, 6)] * 2, [(1, 2), (1, 2, 3)]]
     costs = {line.name: cost(said, passes=2) for line, said in zip(lines, ids)}
-    per_pass = [bench.row(line, costs, 8, {}, moving=2 / 3)["tokens_per_pass"] for line in lines]
+    per_pass = [bench.row(line, costs, EIGHT, {}, moving=2 / 3)["tokens_per_pass"] for line in lines]
     assert per_pass == [2.0, 2.0, 1.25]  # a FAST token is no value
 
 
 def test_rows_without_their_reference_say_nothing_of_it() -> None:
     (flow,) = entries("flow, 4 steps")
     costs = {flow.name: cost([(), ()]), "greedy FAST": cost([(1,), (2,)], total_ms=np.full(2, 20.0))}
-    row = bench.row(flow, costs, 8, {flow.name: Report({}, (episode(1, True),))})
+    row = bench.row(flow, costs, EIGHT, {flow.name: Report({}, (episode(1, True),))})
     assert row["reference"] == "greedy bins" and row["speedups"] == {"greedy FAST": 2.0}
     for key in ("speedup", "same_chunks", "rms_to_reference", "paired_difference"):
         assert row[key] is None, key
@@ -198,7 +201,7 @@ def test_the_ensemble_is_paired_with_each_of_its_halves() -> None:
     costs = {name: cost([(), ()], notes={"averaged": 0.25, "layers": 12.0, "missed": 0.5}) for name in names}
     won = {"greedy bins": 2, "diffusion, 4 steps": 1, "hybrid tokens": 3, "hybrid ensemble": 4}
     reports = {name: Report({}, tuple(episode(i, i < won[name]) for i in range(4))) for name in names}
-    row = bench.row(lines["hybrid ensemble"], costs, 8, reports)
+    row = bench.row(lines["hybrid ensemble"], costs, EIGHT, reports)
     differences = [row["paired_difference"], *row["further_differences"]]
     assert {d["to"]: d["points"] for d in differences} == {
         "greedy bins": 50.0, "hybrid tokens": 25.0, "diffusion, 4 steps": 75.0,
@@ -208,7 +211,7 @@ def test_the_ensemble_is_paired_with_each_of_its_halves() -> None:
     assert row["averaged"] == 0.25 and row["layers"] == 12.0 and row["notes"] == {"missed": 0.5}
     assert "25 %" in bench_decode._work(row) and "12.0" in bench_decode._costs(row)
     del reports["greedy bins"]
-    row = bench.row(lines["hybrid ensemble"], costs, 8, reports)
+    row = bench.row(lines["hybrid ensemble"], costs, EIGHT, reports)
     assert row["paired_difference"] is None and len(row["further_differences"]) == 2
 
 
@@ -217,7 +220,7 @@ def test_agreement_is_that_of_windows_and_of_drafts() -> None:
     for line, length, notes in ((jacobi, 8, {"window": 8.0}), (draft, 9, {})):
         settled = float(settled_per_pass(length, 0.7))
         of = cost([tuple(range(1000))] * 2, notes=notes, passes=1000 / settled)
-        row = bench.row(line, {line.name: of}, 8, {})
+        row = bench.row(line, {line.name: of}, EIGHT, {})
         assert row["window"] == length and row["agreement"] == pytest.approx(0.7, abs=1e-3)
         assert "0.70" in bench_decode._work(row)
 
@@ -254,7 +257,7 @@ def test_time_outside_the_passes_and_flips_in_bf16_are_measured(policy, seen) ->
         assert (cost.pass_ms > 0).all() and (cost.pass_ms < cost.decode_ms).all()
     assert costs["greedy FAST"].flips is None and costs["anytime FAST"].flips is None
     assert 0 <= costs["jacobi FAST"].flips <= 1 and costs["jacobi FAST"].notes["window"] >= 1
-    row = bench.row(lines[1], costs, 8, {})
+    row = bench.row(lines[1], costs, EIGHT, {})
     assert row["overhead"] > 0 and row["speedups"].keys() == {"greedy FAST"}
 
 
@@ -282,9 +285,14 @@ def test_reuse_is_counted_in_episodes_and_halves_the_cost() -> None:
         1e6,
     )
     entry = decode_entries.Entry("reused", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla")
-    row = bench.row(entry, {"reused": always, "greedy FAST": always}, 8, {}, decode_costs.Reuse(0.5, (2.0,)))
-    assert not row["exact"] and row["speedup"] == pytest.approx(10 / 6, abs=1e-3) and row["passes_per_chunk"] == 3.5
-    assert row["actions_per_s"] == pytest.approx(8 / 6e-3, abs=0.1) and row["flops_per_chunk"] == 500_000
+    halved = EIGHT | {"reused": decode_costs.Pace(7.0, 0.5, (2.0,))}
+    row = bench.row(entry, {"reused": always, "greedy FAST": always}, halved, {})
+    assert (
+        not row["exact"]
+        and row["speedup"] == pytest.approx(10 / 6 * 7 / 8, abs=1e-3)
+        and row["passes_per_chunk"] == 3.5
+    )
+    assert row["actions_per_s"] == pytest.approx(7 / 6e-3, abs=0.1) and row["flops_per_chunk"] == 500_000
     assert row["config"]["reuse"]["_target_"].endswith("ReuseRule") and row["config"]["pruning"]["drop"] is False
 
 
@@ -299,15 +307,15 @@ def test_percentiles_are_of_all_inferences_those_that_reuse_too() -> None:
     entry = decode_entries.Entry("reused", "autoregressive", ("head=fast",), "greedy FAST", "score", "flashvla")
     costs = {"reused": every, "greedy FAST": every}
     for share, runs in ((0.6, 200), (0.25, 900), (0.03, 9700)):
-        row = bench.row(entry, costs, 8, {}, decode_costs.Reuse(share, tuple(reused)))
+        row = bench.row(entry, costs, EIGHT | {"reused": decode_costs.Pace(8.0, share, tuple(reused))}, {})
         samples = np.concatenate(
             (np.resize(forward, runs * 10), np.resize(reused, round(runs * 10 * share / (1 - share))))
         )
         for key, percent in (("p50", 50), ("p95", 95)):
             assert row["ms_per_chunk"][key] == pytest.approx(np.percentile(samples, percent), rel=0.01)
-        assert row["refresh_hz"] == pytest.approx(1e3 / samples.mean(), rel=0.01)
+        assert row["refresh_hz"] == pytest.approx((1 - share) * 1e3 / samples.mean(), rel=0.01)  # looked at
         assert row["first_action_ms"] == row["ms_per_chunk"]
-    plain = bench.row(entry, costs, 8, {})
+    plain = bench.row(entry, costs, EIGHT | {"reused": decode_costs.Pace(8.0)}, {})
     assert plain["ms_per_chunk"]["p50"] == pytest.approx(np.percentile(forward, 50), abs=1e-3)
 
 
@@ -356,9 +364,18 @@ def test_the_share_of_reuses_comes_from_the_policys_own_episodes() -> None:
     class Loose(decode_entries.Entry):
         parts = property(lambda self: parts)
 
-    reuse = decode_costs.reuse_share(policy, Loose("loose", "autoregressive"), EvalConfig(), episodes=1)
-    assert 0 < reuse.share <= 0.5  # at most every other inference
-    assert 0 < sum(reuse.ms) <= 5 * len(reuse.ms) and policy.selection is None
+    pace = decode_costs.pace(policy, Loose("loose", "autoregressive"), EvalConfig(), episodes=1)
+    assert 0 < pace.reused <= 0.5  # at most every other inference
+    assert 0 < sum(pace.reuse_ms) <= 5 * len(pace.reuse_ms) and policy.selection is None
+    assert 4 < pace.executed < 8  # a chunk that stands again has fewer actions left
+
+
+def test_further_episodes_count_in_the_place_of_the_first() -> None:
+    """Two episodes, of 10 executed actions and 2 inferences each."""
+    report = Report({}, tuple(replace(episode(i, True), reused=1) for i in range(2)))
+    pace = decode_costs.Pace(8.0, 0.1, (1.0,)).of(report)
+    assert (pace.executed, pace.reused, pace.reuse_ms) == (5.0, 0.5, (1.0,))
+    assert decode_costs.Pace(8.0, 0.1).of(Report({}, (episode(1, True),))).reused == 0.1, "it does not say"
 
 
 def test_success_runs_are_split_resumed_and_paired(tiny_bundle, tmp_path) -> None:
@@ -410,6 +427,9 @@ def test_the_command_prints_and_writes(two_heads, tmp_path, capsys) -> None:
               for titles in (bench_decode.COSTS, bench_decode.WORK, bench_decode.ANYTIME)}  # fmt: skip
     assert [len(lines) for lines in tables.values()] == [8, 8, 11]  # titles, a rule, and the rows
     assert {"tokens/s", "Hz"} <= set(bench_decode.COSTS) and {"repaired", "agreement"} <= set(bench_decode.WORK)
+    assert results["lead"] == 2 and 3 < rows["flow, 4 steps"]["executed_per_inference"] <= 7
+    assert main.main([*arguments, "--execute", "99"]) == 2
+    assert "the actions of a chunk, got 99" in capsys.readouterr().err
     assert main.main([*arguments, "--only", "jacobbi"]) == 2
     assert "Did you mean" in capsys.readouterr().err
     assert main.main([*arguments, "--only", "greedy bins"]) == 2
@@ -421,3 +441,13 @@ def test_hardware_is_named(monkeypatch) -> None:
     assert bench_decode._hardware(torch.device("cuda:1")) == "GPU 1"
     monkeypatch.setattr(bench_decode.platform, "processor", lambda: "")
     assert bench_decode._hardware(torch.device("cpu"))
+
+
+def test_success_is_drawn_against_time_and_of_capped_decoders_against_passes(tmp_path) -> None:
+    names = ("greedy distilled", "capped distilled, 4 passes", "capped distilled, 8 passes")
+    costs = {name: cost([(1, 2)] * 2, passes=count) for name, count in zip(names, (112, 4, 8))}
+    reports = {name: Report({}, (episode(1, True), episode(2, False))) for name in names}
+    rows = [bench.row(entry, costs, EIGHT, reports) for entry in entries(*names)]
+    bench_decode.plot(rows[:1], tmp_path / "greedy.png")
+    bench_decode.plot(rows, tmp_path / "all.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"greedy.png", "all.png", "all-passes.png"}

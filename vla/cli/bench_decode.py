@@ -19,19 +19,20 @@ from vla.files import write_text
 EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, in an order drawn for each,
 warm-up left out. ms per chunk holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the
 time to the first action. Inferences that reuse a chunk count among them. actions/s: executed actions over inference
-time; Hz: observations over it; tokens/s: over decoding time. x bins, x FAST: times as fast as greedy decoding of those.
-Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens per pass leave out values that never moved in
-the demonstrations. Layers: that ran, where a pass is not the whole depth. Overhead: decoding time outside of the
-passes, in percent of them. Repaired: tokens of all chunks. Averaged: chunks in which an ensemble took the mean.
-Agreement: what the decoders' setting of that name should be here. Anytime FAST gets the deadline that cuts about half
-of the values. Exact decoders run no episodes: they give greedy's actions; the share of equal chunks is printed, and how
-many differ with the model in bf16. The others run the same seeds as greedy of their reference; the difference is
-paired, 'inconclusive' when its interval holds 0.
+time; Hz: observations that were looked at over it; tokens/s: over decoding time. x bins, x FAST: actions/s of greedy
+decoding of those. Executed: actions per inference, in the episodes of the observations, in 20 of its own where a line
+reuses chunks, or in all that ran for success. Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens
+per pass leave out values that never moved in the demonstrations. Layers: that ran, where a pass is not the whole depth.
+Overhead: decoding time outside of the passes, in percent of them. Repaired: tokens of all chunks. Averaged: chunks in
+which an ensemble took the mean. Agreement: what the decoders' setting of that name should be here. Anytime FAST gets
+the deadline that cuts about half of the values. Exact decoders run no episodes: they give greedy's actions; the share
+of equal chunks is printed, and how many differ with the model in bf16. The others run the same seeds as greedy of their
+reference; the difference is paired, 'inconclusive' when its interval holds 0.
 
 examples:
   vla bench decode                                           costs only, on the shipped policy
   vla bench decode --episodes 1000 --only "flow, 4 steps"    success too, of some lines and what they are compared with
-  vla bench decode --execute 2                               of a policy that is asked every other action
+  vla bench decode --execute 1                               of a policy that is asked as often as possible
   vla bench decode --device cuda                             again on a GPU"""
 
 REFERENCES = ("greedy bins", "greedy FAST")
@@ -48,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="of the first episode (default: that of vla eval)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="lines to run, with their references")
     parser.add_argument(
-        "--execute", type=int, default=8, metavar="N", help="actions executed per inference (default: 8)"
+        "--execute", type=int, default=8, metavar="N", help="actions of a chunk to execute (default: 8)"
     )
+    parser.add_argument("--lead", type=int, metavar="N", help="of them, to ask ahead (default: 2, at most execute)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads while costs are measured (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes for episodes (default: one per core)")
@@ -92,13 +94,18 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     threads = args.threads or os.cpu_count() or 1
     policy = VlaPolicy.from_bundle(path, device=args.device, threads=threads)
     config = EvalConfig(env=args.env, task=args.task, episodes=max(1, args.episodes), execute=args.execute,
-                        device=args.device, **({} if args.seed is None else {"seed": args.seed}))  # fmt: skip
+                        lead=min(2, args.execute) if args.lead is None else args.lead, device=args.device,
+                        **({} if args.seed is None else {"seed": args.seed}))  # fmt: skip
+    if args.execute > (horizon := policy.bundle.config.horizon):
+        raise ConfigError(
+            explain("--execute", f"1 to {horizon}, the actions of a chunk", args.execute, "Execute fewer of them.")
+        )
     chosen, refused = decode_entries.served(policy, decode_entries.chosen(args.only))
     if not chosen:
         reason = next(iter(refused.values()))
         raise ConfigError(explain("bench decode", "a line that this bundle serves", reason, "Choose other lines."))
     heads = [head.name for head in policy.bundle.config.heads if head.kind == "tokens"]
-    seen = decode_costs.observations(policy, config, args.observations)
+    seen, usual = decode_costs.observations(policy, config, args.observations)
     curves = {head: decode_costs.cost_curve(policy, head, seen[0]) for head in heads}
     anytime: list[decode_costs.Cut] = []
     for place, entry in enumerate(chosen):
@@ -109,10 +116,10 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     with _progress(console, "costs", len(seen) + 3) as tick:
         costs = decode_costs.costs(policy, chosen, seen, lambda: tick(1))
     with _progress(console, "reuse", sum(bool(entry.reuse) for entry in chosen)) as tick:
-        reused = {}
+        paces = dict.fromkeys((entry.name for entry in chosen), usual)
         for entry in chosen:
             if entry.reuse:
-                reused[entry.name] = decode_costs.reuse_share(policy, entry, config)
+                paces[entry.name] = decode_costs.pace(policy, entry, config)
                 tick(1)
     reports: dict[str, Any] = {}
     if args.episodes:
@@ -125,10 +132,9 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
             folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in named)
             with _progress(console, entry.name, args.episodes) as tick:
                 reports[entry.name] = bench.success(path, entry, config, folder, workers, tick)
+    paces |= {e.name: paces[e.name].of(told) for e in chosen if (told := bench.episodes_of(e, reports)) is not None}
     active = policy.bundle.action_normalizer.active
-    rows = [
-        bench.row(entry, costs, args.execute, reports, reused.get(entry.name), float(active.mean())) for entry in chosen
-    ]
+    rows = [bench.row(entry, costs, paces, reports, float(active.mean())) for entry in chosen]
     return {
         "policy": args.policy,
         "bundle_hash": policy.bundle.fingerprint,
@@ -137,6 +143,7 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         "seed": config.seed,
         "episodes": args.episodes,
         "execute": args.execute,
+        "lead": config.lead,
         "observations": len(seen),
         "order_seed": decode_costs.ORDER_SEED,
         "moving": {name: bool(moves) for name, moves in zip(policy.embodiment.action_names, active)},
@@ -186,7 +193,8 @@ COSTS: tuple[str, ...] = (
     "Hz", "overhead",
 )  # fmt: skip
 WORK: tuple[str, ...] = (
-    "decoder", "MFLOP", "of the prefix", "reused", "repaired", "averaged", "agreement", "equal", "bf16 flips", "rms",
+    "decoder", "MFLOP", "of the prefix", "executed", "reused", "repaired", "averaged", "agreement", "equal",
+    "bf16 flips", "rms",
 )  # fmt: skip
 ANYTIME: tuple[str, ...] = ("deadline of anytime FAST", "ms", "values cut", "rms to the whole chunk")
 SUCCESS: tuple[str, ...] = ("decoder", "success, %, 95 % interval", "n", "paired, points", "verdict", "to")
@@ -204,8 +212,9 @@ def _costs(row: dict[str, Any]) -> list[str]:
 def _work(row: dict[str, Any]) -> list[str]:
     return [
         row["decoder"], f"{row['flops_per_chunk'] / 1e6:.0f}", f"{row['prefix_flops'] / 1e6:.0f}",
-        _percent(row["reused"] or None), str(row["repaired"]), _percent(row["averaged"]), _number(row["agreement"], 2),
-        _percent(row["same_chunks"]), _percent(row["bf16_flips"]), _number(row["rms_to_reference"], 3),
+        f"{row['executed_per_inference']:.2f}", _percent(row["reused"] or None), str(row["repaired"]),
+        _percent(row["averaged"]), _number(row["agreement"], 2), _percent(row["same_chunks"]),
+        _percent(row["bf16_flips"]), _number(row["rms_to_reference"], 3),
     ]  # fmt: skip
 
 
@@ -251,8 +260,9 @@ def facts(results: dict[str, Any]) -> list[str]:
     """What holds for all rows: how they were measured, and what passes cost, a line per head."""
     moving = [name for name, moves in results["moving"].items() if moves]
     return [
-        f"{results['device']}, {results['threads']} threads, {results['precision']}, {results['execute']} actions "
-        f"executed per inference, {results['observations']} observations, order drawn from {results['order_seed']}",
+        f"{results['device']}, {results['threads']} threads, {results['precision']}, "
+        f"execute {results['execute']}, lead {results['lead']}, {results['observations']} observations, order drawn "
+        f"from {results['order_seed']}",
         f"values that move: {len(moving)} of {len(results['moving'])} ({', '.join(moving)})",
         *(f"noise: {name} again, x {factor:.3f} of itself" for name, factor in results["noise_floor"].items()),
         *(
@@ -288,21 +298,31 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Success against latency: the frontier."""
+    """Success against inference time, the frontier; and, as PATH-passes, against passes, where a decoder is capped."""
+    frontier = [(row, 1e3 / row["actions_per_s"]) for row in rows if row["success_rate"] is not None]
+    _scatter(frontier, "inference time per executed action, ms", path)
+    capped = [(row, row["passes_per_chunk"]) for row, _ in frontier if "passes" in row["config"]]
+    if capped:
+        of = {row["reference"] for row, _ in capped}
+        whole = [(row, row["passes_per_chunk"]) for row, _ in frontier if row["decoder"] in of]
+        _scatter([*whole, *capped], "passes per chunk", path.with_stem(f"{path.stem}-passes"))
+
+
+def _scatter(points: list[tuple[dict[str, Any], float]], label: str, path: Path) -> None:
+    """Success of rows, each at its x, with intervals and names."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for row in rows:
-        if row["success_rate"] is None:
-            continue
-        x, y, (low, high) = row["ms_per_chunk"]["p50"], row["success_rate"], row["wilson_95"]
+    for row, x in points:
+        y, (low, high) = row["success_rate"], row["wilson_95"]
         axis.errorbar(x, 100 * y, yerr=[[100 * (y - low)], [100 * (high - y)]], fmt="o" if row["exact"] else "s",
                       markersize=4, linewidth=0.7)  # fmt: skip
         axis.annotate(row["decoder"], (x, 100 * y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axis.set_xlabel("ms per chunk, p50")
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
     axis.set_ylabel("success, %, 95 % interval")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     policy = VlaPolicy.from_bundle(bundle_path(args.policy), greedy, args.device, args.threads)
     EarlyExitDecoder(args.layer, head=args.head).check(policy.bundle)
     config = EvalConfig(env=args.env, task=args.task, seed=args.seed)
-    seen = decode_costs.observations(policy, config, args.observations)
+    seen, _ = decode_costs.observations(policy, config, args.observations)
     confidences, agreed = measured(policy.bundle, prefixes(policy, seen), args.layer, args.head)
     mixture = fitted(confidences, agreed)
     (low_alpha, high_alpha), (low_beta, high_beta) = ((float(f"{v:.4g}") for v in row) for row in mixture.parameters)
