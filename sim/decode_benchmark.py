@@ -102,11 +102,6 @@ class Paired:
 
 
 # ---- rows ----
-def episodes_of(entry: Entry, reports: Mapping[str, Report]) -> Report | None:
-    """Of the entry itself, or of its reference where it equals that; None where nobody ran any."""
-    return reports.get(entry.name) or (reports.get(entry.reference) if entry.exact else None)
-
-
 def row(
     entry: Entry,
     costs: Mapping[str, Cost],
@@ -122,7 +117,7 @@ def row(
     ever move; where a token is a value, tokens per pass leave out the others, which nobody has to guess.
     """
     cost, base = costs[entry.name], costs.get(entry.reference or entry.name)
-    own = episodes_of(entry, reports)
+    own = reports.get(entry.name) or (reports.get(entry.reference) if entry.exact else None)
     pairs = {}
     if entry.name in reports:
         mine = reports[entry.name].episodes

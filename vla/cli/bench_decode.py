@@ -16,13 +16,13 @@ from typing import Any
 from vla.errors import ConfigError, explain
 from vla.files import write_text
 
-EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, in an order drawn for each,
-warm-up left out. ms per chunk holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the
-time to the first action. Inferences that reuse a chunk count among them. actions/s: executed actions over inference
-time; Hz: observations that were looked at over it; tokens/s: over decoding time. x bins, x FAST: actions/s of greedy
-decoding of those. Executed: actions per inference, in the episodes of the observations, in 20 of its own where a line
-reuses chunks, or in all that ran for success. Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens
-per pass leave out values that never moved in the demonstrations. Layers: that ran, where a pass is not the whole depth.
+EPILOG = """Costs: over the observations of greedy episodes, decoders in turn on each, in an order drawn for each, warm-
+up left out. ms per chunk holds images, text, prefix and decoding; the loop takes whole chunks, so that is also the time
+to the first action. Inferences that reuse a chunk count among them. actions/s: executed actions over inference time;
+Hz: observations that were looked at over it; tokens/s: over decoding time. x bins, x FAST: actions/s of greedy decoding
+of those. Executed: actions per inference, in the episodes of the observations, or, where a line reuses chunks, in 20 of
+its own or all that ran for success. Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens per pass
+leave out values that never moved in the demonstrations. Layers: that ran, where a pass is not the whole depth.
 Overhead: decoding time outside of the passes, in percent of them. Repaired: tokens of all chunks. Averaged: chunks in
 which an ensemble took the mean. Agreement: what the decoders' setting of that name should be here. Anytime FAST gets
 the deadline that cuts about half of the values. Exact decoders run no episodes: they give greedy's actions; the share
@@ -132,7 +132,8 @@ def measure(args: argparse.Namespace, console: Any) -> dict[str, Any]:
             folder = args.out / "episodes" / "".join(c if c.isalnum() else "-" for c in named)
             with _progress(console, entry.name, args.episodes) as tick:
                 reports[entry.name] = bench.success(path, entry, config, folder, workers, tick)
-    paces |= {e.name: paces[e.name].of(told) for e in chosen if (told := bench.episodes_of(e, reports)) is not None}
+    # The others all execute as many as each other; that some end their episodes sooner is not their pace.
+    paces |= {e.name: paces[e.name].of(reports[e.name]) for e in chosen if e.reuse and e.name in reports}
     active = policy.bundle.action_normalizer.active
     rows = [bench.row(entry, costs, paces, reports, float(active.mean())) for entry in chosen]
     return {
