@@ -33,8 +33,10 @@ class Faults(dict[str, str]):
             self[topic] = why
 
     def shown(self, now: Now) -> dict[str, str]:
-        recent = {k: why for k, (why, at) in self._rejected.items() if now.steady_ns - at < REJECT_SHOWN_NS}
-        return {**recent, **self}
+        """What stands, then the newest of what was refused: what is read of it is cut to a length."""
+        newest = sorted(self._rejected.items(), key=lambda item: -item[1][1])
+        recent = {k: why for k, (why, at) in newest if now.steady_ns - at < REJECT_SHOWN_NS}
+        return {**self, **{k: why for k, why in recent.items() if k not in self}}
 
 
 class Stops(list[dict[str, Any]]):

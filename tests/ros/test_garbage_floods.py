@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from ros_nodes.node import (
     CONTROL,
     CONTROL_STATUS,
     DEADMAN,
+    DIAGNOSTICS,
     EMERGENCY_STOP,
     HEARTBEAT,
     INSTRUCTION,
@@ -33,7 +39,7 @@ from ros_nodes.node import (
 from ros_nodes.shell import read
 from ros_nodes.wire import Participant, Publisher
 from tests.ros.driver import ROBOT
-from tests.ros.test_faults import begin, in_motion, swinging
+from tests.ros.test_faults import begin, braked, in_motion, swinging
 from vla.errors import TransportError
 from vla.runtime.gate import Reason
 from vla.runtime.trace import Trace
@@ -57,6 +63,10 @@ HARMLESS: dict[Endpoint, m.Message] = {
     RESET: m.Text("{}"),
     RECORD: m.Text("nothing"),
 }
+
+
+# Not heard by policy or command node, or of a type whose every broken message is dropped by Cyclone DDS itself.
+UNNAMED = (RESET.topic, RECORD.topic, ROBOT.command_topic, JOINT_STATES.topic, CHUNK.topic, HEARTBEAT.topic)
 
 
 @pytest.fixture(scope="module", params=SHELLS)
@@ -84,6 +94,14 @@ def publishers(graph: Graph) -> Iterator[dict[Endpoint, Publisher]]:
     assert all(process.poll() is None for process in graph.processes.values())
     graph.control("resume")  # some of it may have meant an emergency stop
     goes_on(graph)
+    graph.wait_for(lambda: (beat := graph.heartbeat()) is not None and beat.level == m.OK, 5, "a heartbeat that is ok")
+
+
+def said(graph: Graph) -> str:
+    """What the command node's diagnostics and the policy's heartbeat say now."""
+    seen, beat = graph._seen.get(DIAGNOSTICS.topic, (0, None))[1], graph.heartbeat()
+    statuses = [*(seen.statuses if isinstance(seen, m.Diagnostics) else ()), *([beat] if beat else [])]
+    return "; ".join(" ".join((s.message, *s.values)) for s in statuses if s.name in ("vla_command", "vla_policy"))
 
 
 def goes_on(graph: Graph) -> None:
@@ -137,7 +155,8 @@ def test_garbage_on_every_topic(graph: Graph, publishers: dict[Endpoint, Publish
             flipped.append(bytes(data))
         for data in (*cut, *noise, *flipped):
             forger.send(publisher, data)
-        time.sleep(0.02)
+        if endpoint.topic not in UNNAMED:
+            graph.wait_for(lambda topic=endpoint.topic: topic in said(graph), 5, f"{endpoint.topic} among the faults")
 
 
 @pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -165,6 +184,46 @@ def test_floods(graph: Graph, publishers: dict[Endpoint, Publisher], together: b
     gaps = np.diff(ticks) / 1e6
     gaps = gaps[gaps < 2000]  # the trace keeps episodes at least so far apart
     assert np.percentile(gaps, 95) < 75 and gaps.max() < 250, np.sort(gaps)[-20:]
+
+
+@contextmanager
+def flood(publishers: dict[Endpoint, Publisher], *endpoints: Endpoint) -> Iterator[None]:
+    ended, data = threading.Event(), {e: m.encode(HARMLESS[e]) for e in endpoints}
+
+    def run() -> None:
+        while not ended.wait(0.001):
+            for endpoint in endpoints:
+                for _ in range(25):
+                    publishers[endpoint].publish(data[endpoint])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_in_a_flood_a_policy_that_freezes_is_noticed_as_soon(
+    graph: Graph, publishers: dict[Endpoint, Publisher]
+) -> None:
+    """What floods is refused message by message, by the node that is to notice."""
+    policy = graph.processes["policy"].pid
+    with flood(publishers, CONTROL, SIM_STATUS, DEADMAN):
+        graph.wait_for(lambda: CONTROL.topic in said(graph) and in_motion(graph), 10, "motion in the flood")
+        os.kill(policy, signal.SIGSTOP)
+        try:
+            graph.wait_for(lambda: braked(graph), 3, "the arm to brake")
+            graph.wait_for(lambda: Reason.HEARTBEAT.text in said(graph), 3, "the reason on /diagnostics")
+        finally:
+            os.kill(policy, signal.SIGCONT)
+    (graph.out / "control.json").unlink(missing_ok=True)
+    graph.control("save")
+    graph.wait_for(lambda: (graph.out / "control.json").exists(), 10, "the stops")
+    stops = json.loads((graph.out / "control.json").read_text())["stops"]
+    silent_ms = [stop["silence_ms"] for stop in stops if stop["reason"] == Reason.HEARTBEAT.text]
+    assert silent_ms and 120 <= silent_ms[-1] < 220, stops[-3:]  # the bound of test_faults.py
 
 
 def test_a_message_too_long_to_be_read_in_a_period_is_refused_unread() -> None:
