@@ -33,7 +33,7 @@ from ros_nodes.messages import (
 from ros_nodes.node import INSTRUCTION, RECORD
 from ros_nodes.recorder_node import read_mark
 from vla.data.actions import Commands, CommandSet, Sent
-from vla.data.transforms import resize
+from vla.data.transforms import fits, resize
 from vla.embodiment import Camera, Embodiment
 from vla.errors import ConfigError, DataError, TransportError, explain, nearest
 from vla.types import NS_PER_S
@@ -195,7 +195,10 @@ class Recording:
         camera, (height, width) = self._sizes[topic], pixels.shape[:2]
         if (height, width) != (camera.height, camera.width) and not self._resize:
             expected = f"{camera.height}x{camera.width} as {self.robot.name} says"
-            raise TransportError(explain("image", expected, f"{height}x{width}", "Pass --resize to scale them."))
+            remedy = "Pass --resize to scale them."
+            if not fits(height, width, camera):
+                remedy += " A policy node will refuse this camera: for a robot, state its own size in the robot's file."
+            raise TransportError(explain("image", expected, f"{height}x{width}", remedy))
 
     def _on_joints(self, topic: str, log_ns: int, data: bytes) -> None:
         message, joints = self._decoded(topic, data), self._joints[topic]

@@ -269,8 +269,12 @@ def test_pictures_of_another_size_or_encoding(tmp_path: Path) -> None:
     )
     with Bag(path) as bag:
         bag.facts.clear()
-        with pytest.raises(DataError, match=r"front.*expected 8x12.*got 16x24.*--resize.*wrist"):
+        with pytest.raises(DataError, match=r"front.*expected 8x12.*got 16x24.*--resize.*wrist") as caught:
             Recording(bag, half)
+        assert "refuse" not in str(caught.value)  # averaged at run time as well
+        cameras = tuple(dataclasses.replace(c, width=c.width // 2) for c in ROBOT.cameras)
+        with pytest.raises(DataError, match=r"front.*expected 16x12.*got 16x24.*--resize.*policy node will refuse"):
+            Recording(bag, dataclasses.replace(ROBOT, cameras=cameras))
         recording = Recording(bag, half, resize_frames=True)
         (frame,) = recording.frames("front", [3])
         assert np.array_equal(frame, picture(3, half.cameras[0]))
