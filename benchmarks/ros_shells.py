@@ -229,11 +229,14 @@ def main() -> None:
     sides = [side for side in SIDES if side == "wheel" or importlib.util.find_spec("rclpy")]
     rounds = [{side: measure(side, options.seconds) for side in sides} for _ in range(options.rounds)]
     print(f"{'node':<12} {'us/message':>10} {'of plain':>9} {'received':>9} {'sent':>6}")
+    plain = sides[-1] if len(sides) > 1 else ""
     for side in sides:
         cost = float(np.median([r[side]["us"] for r in rounds]))
-        ratio = float(np.median([r[side]["us"] / r[sides[-1]]["us"] for r in rounds]))
+        ratio = f"{np.median([r[side]['us'] / r[plain]['us'] for r in rounds]):.2f}" if plain else "-"
         share = min(r[side]["received"] for r in rounds)
-        print(f"{side:<12} {cost:>10.1f} {ratio:>9.2f} {share:>9.1%} {rounds[-1][side]['sent']:>6.0f}")
+        print(f"{side:<12} {cost:>10.1f} {ratio:>9} {share:>9.1%} {rounds[-1][side]['sent']:>6.0f}")
+    if not plain:
+        print("the wheel alone, compared with nothing: rclpy is not importable here, source a ROS 2 installation")
 
 
 if __name__ == "__main__":
