@@ -96,8 +96,25 @@ def test_wrong_tokenizer_for_these_weights(copy) -> None:
     from vla.tokenizers import BinTokenizer
 
     edit(copy, lambda content: content.update(action_tokenizers={"fast": BinTokenizer().to_dict()}))
-    with pytest.raises(BundleError, match=r"heads\.fast"):
+    with pytest.raises(BundleError, match=r"action_tokenizers\.fast: expected the head's \d+ tokens, got 256 tokens"):
         bundles.load(copy)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_where_the_head_knows_its_own(copy, tmp_path) -> None:
+    """With hashes that are right: somebody put a policy together from two."""
+    first = bundles.load(copy)
+    own = first.action_tokenizers["fast"]
+    assert first.config.head("fast").tokenizer == own.fingerprint()
+    edit(copy, lambda content: content["action_tokenizers"]["fast"].update(scale=own.scale * 2))
+    said = (
+        rf"action_tokenizers\.fast: expected the one that the head was trained with, {own.fingerprint()[:12]}, got .*"
+    )
+    with pytest.raises(BundleError, match=said + r"Copy the whole bundle again, or train heads\.fast anew"):
+        bundles.load(copy)
+    edit(copy, lambda content: content["model"]["heads"][0].pop("tokenizer"))  # as bundles were written before
+    old = bundles.load(copy)
+    assert old.config.head("fast").tokenizer == "" and old.action_tokenizers["fast"].scale == own.scale * 2
+    assert bundles.save(old, tmp_path / "again") == old.fingerprint
 
 
 def test_a_class_path_in_a_file_is_never_followed(copy) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from tests.conftest import tiny_config
 from tests.models.test_vla import make
+from vla.checkpoints import bundle as bundles
 from vla.data.lerobot import LeRobotDataset
-from vla.errors import ConfigError
+from vla.errors import BundleError, ConfigError
+from vla.tokenizers import BinTokenizer, FastTokenizer
 from vla.training import objectives
 from vla.training.branches import branches
 from vla.training.recipes import DistillRecipe, HeadRecipe, TokenizerRecipe
@@ -97,16 +99,24 @@ def test_iterates_are_those_of_the_student_as_it_is_now(tiny_dataset, tmp_path) 
 def test_mixed_labels_follow_the_tolerance(tiny_dataset, tmp_path) -> None:
     bins = HeadRecipe("tokens", BINS, 16, 32)
     train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
-    for tolerance in (0.0, float("inf")):
+    distances: list[float] = []  # of each teacher's chunk to the demonstration; known after the first round
+    for which in (0.0, float("inf"), "between"):
+        tolerance = float(np.mean(sorted(distances)[3:5])) if which == "between" else which
         config = tiny_config(
             tiny_dataset, tmp_path / str(tolerance), init=str(tmp_path / "teacher/bundle"), freeze=True,
             heads={"bins": replace(bins, distill=DistillRecipe(frames=16, tolerance=tolerance))},
         )  # fmt: skip
         trainer = Trainer(config)
         given = trainer._tensors(trainer.data.train_frames[:8], 0)
-        demonstrated = trainer.data.batch(trainer.data.train_frames[:8]).tokens["bins"]
-        wanted = given["settled"]["bins"].numpy() if tolerance else demonstrated
-        assert np.array_equal(given["tokens"]["bins"].numpy(), wanted)
+        batch, settled = trainer.data.batch(trainer.data.train_frames[:8]), given["settled"]["bins"].numpy()
+        said = [BinTokenizer().decode(ids.tolist(), *chunk.shape) for ids, chunk in zip(settled, batch.chunk)]
+        distances = [float(np.abs(a - b).mean()) for a, b in zip(said, batch.chunk)]
+        near = [distance < tolerance for distance in distances]
+        assert sum(near) == {0.0: 0, float("inf"): 8, "between": 4}[which]
+        rows = zip(near, given["tokens"]["bins"].numpy(), settled, batch.tokens["bins"])
+        for within, labels, ours, demonstrated in rows:
+            assert not np.array_equal(ours, demonstrated)
+            assert np.array_equal(labels, ours if within else demonstrated)
     with pytest.raises(ConfigError, match=r"heads\.bins\.distill"):
         tiny_config(tiny_dataset, tmp_path, heads={"bins": replace(bins, distill=DistillRecipe())})
 
@@ -134,6 +144,28 @@ def test_a_student_of_another_name_stands_beside_its_teacher(tiny_dataset, tmp_p
             tiny_config(tiny_dataset, tmp_path / "none", init=str(tmp_path / "teacher/bundle"), freeze=True,
                         heads={"student": replace(bins, distill=DistillRecipe(teacher="other", frames=16))})
         )  # fmt: skip
+
+
+def test_a_distilled_head_is_not_read_by_another_tokenizer_of_its_size(tiny_dataset, tmp_path) -> None:
+    bins = HeadRecipe("tokens", BINS, 16, 32)
+    train(tiny_config(tiny_dataset, tmp_path / "teacher", heads={"bins": bins}, look_steps=0))
+    recipe = replace(bins, distill=DistillRecipe(teacher="bins", frames=16))
+    trainer = Trainer(
+        tiny_config(tiny_dataset, tmp_path / "both", init=str(tmp_path / "teacher/bundle"), freeze=True,
+                    heads={"student": recipe})
+    )  # fmt: skip
+    bundles.save(trainer.bundle(), tmp_path / "bundle")
+    made = bundles.load(tmp_path / "bundle")
+    assert {head.tokenizer for head in made.config.heads} == {BinTokenizer().fingerprint()}
+    noise = np.random.default_rng(0).normal(size=(200, 8, 2)).astype(np.float32)
+    other = FastTokenizer.fit(noise, vocab_size=256)
+    assert other.vocab_size == 256 == made.config.head("student").vocab
+    swapped = replace(made, action_tokenizers={**made.action_tokenizers, "student": other})
+    with pytest.raises(BundleError, match=r"action_tokenizers\.student: .*or train heads\.student anew"):
+        swapped.check()
+    with pytest.raises(BundleError, match=r"action_tokenizers\.student"):
+        bundles.save(swapped, tmp_path / "swapped")
+    assert not (tmp_path / "swapped").exists()
 
 
 def test_no_gradient_flows_through_the_fixed_point() -> None:

@@ -91,10 +91,17 @@ class Bundle:
             if got != expected:
                 raise BundleError(explain(key, expected, got, "The parts of this bundle are from different models."))
         for head in config.heads:
-            if head.vocab and head.vocab != self.action_tokenizers[head.name].vocab_size:
-                other = f"a tokenizer of {self.action_tokenizers[head.name].vocab_size}"
-                remedy = "It was trained with another tokenizer."
-                raise BundleError(explain(f"heads.{head.name}", f"{head.vocab} tokens", other, remedy))
+            if not head.vocab:
+                continue
+            own = self.action_tokenizers[head.name]
+            where = f"action_tokenizers.{head.name}"
+            remedy = f"Copy the whole bundle again, or train heads.{head.name} anew with this tokenizer."
+            if own.vocab_size != head.vocab:
+                got = f"{own.vocab_size} tokens"
+                raise BundleError(explain(where, f"the head's {head.vocab} tokens", got, remedy))
+            if head.tokenizer and own.fingerprint() != head.tokenizer:
+                wanted = f"the one that the head was trained with, {head.tokenizer[:12]}"
+                raise BundleError(explain(where, wanted, own.fingerprint()[:12], remedy))
         for camera in config.cameras:
             if camera.name not in self.embodiment.camera_names:
                 raise BundleError(
@@ -245,7 +252,7 @@ CONSTRUCTORS: dict[tuple[type, str], type] = {
 
 # Fields that are younger than the format. A bundle holds them only where they are not at their default, so older ones
 # load, and what needs none of this is written as before.
-YOUNGER = {(ModelConfig, "registers")}
+YOUNGER = {(ModelConfig, "registers"), (HeadConfig, "tokenizer")}
 
 
 def _construct(kind: type, data: Any, where: str) -> Any:

@@ -24,7 +24,8 @@ class HeadConfig:
 
     vocab: of its action tokenizer (tokens, hybrid). lookahead: further heads that guess the tokens after the next
     (tokens). exit_layer: after how many layers training asked for the tokens too, 0 for none (tokens).
-    noise_steps: length of the diffusion's schedule (hybrid).
+    noise_steps: length of the diffusion's schedule (hybrid). tokenizer: fingerprint of the action tokenizer that it was
+    trained with, "" where nobody knows: another one of the same size gives other actions, and no error.
     """
 
     name: str
@@ -34,6 +35,7 @@ class HeadConfig:
     lookahead: int = 0
     exit_layer: int = 0
     noise_steps: int = 100
+    tokenizer: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

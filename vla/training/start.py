@@ -30,8 +30,9 @@ def take_weights(model: Vla, source: Vla, teachers: Mapping[str, str] | None = N
         name = (teachers or {}).get(head.name, head.name)
         for other in theirs.heads:
             sizes = mine.transformer.experts[head.expert], theirs.transformer.experts[other.expert]
-            alike = replace(head, name=name, expert=0, lookahead=0, exit_layer=0) == replace(
-                other, expert=0, lookahead=0, exit_layer=0
+            # Of an older bundle no fingerprint is known; that tokenizers are the same is the trainer's care.
+            alike = replace(head, name=name, expert=0, lookahead=0, exit_layer=0, tokenizer="") == replace(
+                other, expert=0, lookahead=0, exit_layer=0, tokenizer=""
             )
             if alike and sizes[0] == sizes[1] and (head.expert == 0) == (other.expert == 0):
                 experts[head.expert] = other.expert

@@ -164,10 +164,10 @@ class Trainer:
         for name, head in self.config.heads.items():
             if head.width:
                 experts.append(ExpertConfig(head.width, head.mlp_width, head.condition_width))
-            vocab = self.tokenizers[name].vocab_size if name in self.tokenizers else 0
+            own = self.tokenizers.get(name)
             heads.append(
-                HeadConfig(name, head.kind, len(experts) - 1 if head.width else 0, vocab, head.lookahead,
-                           head.exit_layer, head.noise_steps)
+                HeadConfig(name, head.kind, len(experts) - 1 if head.width else 0, own.vocab_size if own else 0,
+                           head.lookahead, head.exit_layer, head.noise_steps, own.fingerprint() if own else "")
             )  # fmt: skip
         for other in start.config.heads if start is not None and self.config.freeze else ():
             if other.name not in self.config.heads:
