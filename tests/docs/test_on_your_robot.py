@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -48,6 +49,17 @@ def test_launch_lines_name_the_python_with_torch_and_arguments_that_are_declared
         given = dict(word.split(":=", 1) for word in words)
         assert given["python"] == "$HOME/vla/bin/python", path
         launching.check(launching.LAUNCHES[Path(path).name.removesuffix(".launch.py")], given, launching.ROS_ONLY)
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_what_is_built_is_there(page: str) -> None:
+    """colcon looks no further below a package: each path must be one, and the action's type is a second."""
+    ((*_, first, second),) = [words for words in typed(page) if words[:2] == ["colcon", "build"]]
+    packages = [path.removeprefix("~/vla-stack").removeprefix("src/vla-stack").lstrip("/") for path in (first, second)]
+    assert packages[0] == ""
+    names = [ElementTree.parse(ROOT / folder / "package.xml").findtext("name") for folder in packages]
+    assert names == ["vla_stack", "vla_interfaces"]
+    assert (ROOT / packages[1] / "action" / "ExecuteInstruction.action").is_file()
 
 
 def test_the_readme_names_every_command() -> None:
