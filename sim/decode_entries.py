@@ -99,7 +99,7 @@ _LISTED = (
     Entry("early exit bins, adaptive", "early_exit_adaptive", ("head=bins",), _BINS),
     Entry("capped bins, 8 passes", "capped", ("head=bins", "passes=8"), _BINS),
     Entry("capped bins, 2 passes per 16", "capped", ("head=bins", "passes=2", "window=16"), _BINS),
-    Entry("bidirectional bins", "jacobi_bidirectional", ("head=bins",), _BINS),
+    Entry("bidirectional bins", "inexact_bidirectional", ("head=bins",), _BINS),
     Entry("forced bins", "forced", ("head=bins",), _BINS),
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),

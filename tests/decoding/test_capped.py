@@ -5,6 +5,7 @@ import torch
 
 from tests.contracts.test_decoders import decode, model_of, prompt, tokenizer_of
 from tests.decoding.test_continuous import bundle_of
+from vla.configs import load, names
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
 from vla.decoding.capped import CappedJacobiDecoder
@@ -85,6 +86,12 @@ def test_both_ways_is_another_decoder() -> None:
         assert len(both.ids[0]) == 16
         differs += both.ids != greedy.ids
     assert differs > 3 and not CappedJacobiDecoder(both_ways=True).exact
+
+
+def test_a_config_called_jacobi_is_exact_and_the_one_that_sees_both_ways_says_that_it_is_not() -> None:
+    assert load("decoder", "inexact_bidirectional").both_ways
+    assert all(load("decoder", name).exact for name in names("decoder") if "jacobi" in name)
+    assert not any(load("decoder", name).exact for name in names("decoder") if "inexact" in name)
 
 
 def test_settings_out_of_range_are_refused() -> None:
