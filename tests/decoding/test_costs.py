@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.contracts.test_decoders import behind, bundle_for, decode, model_of, prompt, tokenizer_of
+from vla.configs import load
 from vla.decoding import costs
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
@@ -72,6 +73,21 @@ def test_costs_are_measured_once_whatever_batches_come(decoder, monkeypatch) -> 
         given = behind(bundle, grammar, prompt(1, batch), costs=kept)
         assert decoder.decode(given).passes == 16  # every token costs as much as a pass, so passes have one
     assert measured == [1]
+
+
+@pytest.mark.parametrize(("kind", "usual"), [("bins", 0.85), ("fast", 0.2)])
+def test_how_often_guesses_are_right_is_taken_from_the_kind_of_tokens_where_nobody_says(kind, usual) -> None:
+    """Passes that two tokens make little dearer: worth it for bins, not for FAST."""
+    curve, tokenizer = {1: 1.0, 2: 1.3, 4: 1.6, 8: 2.2, 16: 4.0}, tokenizer_of(kind)
+    grammar = Grammar(tokenizer, 8, 2)
+    given = behind(bundle_for(tokenizer, 0), grammar, prompt(0, 1), costs={"words": curve})
+    for said, counts in ((None, usual), (0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        decoder = load("decoder", "jacobi", ["head=words", *([] if said is None else [f"agreement={said}"])])
+        assert decoder.agreement == said and decoder.agrees(grammar) == counts
+        length = costs.best_length(curve, counts)
+        assert [hint.length for hint in decoder.hints(given, "words")] == [length]
+        assert decoder.decode(given).notes["window"] == length
+    assert (costs.best_length(curve, usual) > 1) == (kind == "bins")
 
 
 def test_tokens_that_do_not_divide_the_chunk_are_constrained() -> None:

@@ -26,18 +26,19 @@ class JacobiDecoder(TokenDecoder):
     """Exact greedy decoding in windows, causal mask.
 
     window: tokens per pass; 1 is greedy itself, 0 the length that pays most with the pass costs of this device, if a
-    guess behind right ones is right with probability `agreement`. Long windows see more agreement than short ones, as
-    their guesses have been through more passes; the default is what makes the choice right, not what is measured.
+    guess behind right ones is right with probability `agreement`: None is 0.85 for tokens of one value each, as bins
+    are, and 0.2 for others, FAST's, which are seldom guessed right. Long windows see more agreement than short ones, as
+    their guesses have been through more passes; the defaults are what makes the choice right, not what is measured.
     warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
     Notes: "window".
     """
 
-    def __init__(self, window: int = 0, warm: bool = False, agreement: float = 0.85, head: str = ""):
+    def __init__(self, window: int = 0, warm: bool = False, agreement: float | None = None, head: str = ""):
         super().__init__(head)
         if window < 0:
             raise ConfigError(explain("decoder.window", "0 or more", window, "0 chooses it from the cost of passes."))
-        if not 0 <= agreement <= 1:
-            raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
+        if agreement is not None and not 0 <= agreement <= 1:
+            raise ConfigError(explain("decoder.agreement", "0..1 or null", agreement, "vla bench decode prints it."))
         self.window, self.warm, self.agreement = window, warm, agreement
 
     def check(self, bundle: Bundle) -> None:
@@ -46,14 +47,20 @@ class JacobiDecoder(TokenDecoder):
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.warm else [()] * given.batch
-        length = self.window or best_length(given.pass_costs(head), self.agreement)
+        length = self.window or best_length(given.pass_costs(head), self.agrees(given.grammar(head)))
         return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
-        window = self.window or hints[0].length or best_length(pass_costs(suffix), self.agreement)
+        window = self.window or hints[0].length or best_length(pass_costs(suffix), self.agrees(grammar))
         out = jacobi(suffix, grammar, [hint.draft for hint in hints], window)
         out.notes["window"] = float(window)
         return out
+
+    def agrees(self, grammar: Grammar) -> float:
+        """`agreement`, or what it is for tokens of one value each, as bins are, and for others."""
+        if self.agreement is not None:
+            return self.agreement
+        return 0.85 if set(grammar.lengths) == {1} else 0.2
 
 
 def jacobi(
