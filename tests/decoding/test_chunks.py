@@ -231,6 +231,28 @@ def test_any_tokens_are_continued_by_projection(kind) -> None:
     np.testing.assert_allclose(soft[0].chunk.actions[2, :2], mask[2] * old + (1 - mask[2]) * new, atol=1e-6)
 
 
+def test_no_list_of_fast_tokens_may_begin_with_what_another_one_committed() -> None:
+    """All lists of a small tokenizer, each once running, and the next two actions of its chunk committed: hardly any of
+    them is where a list begins, and half of the time every list is more than 0.1 away, in units of -1 to 1."""
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, 3, 1)).astype(np.float32)
+    fast = FastTokenizer.fit(chunks, vocab_size=24, scale=1.5)
+
+    def lists(ids: list[int], left: int) -> list[list[int]]:
+        fitting = np.flatnonzero(fast.valid_next(left)).tolist()
+        return [ids] if not left else [row for t in fitting for row in lists([*ids, t], left - fast.token_lengths[t])]
+
+    every = lists([], 3)
+    made = np.stack([fast.decode(ids, 3, 1)[:, 0] for ids in every])
+    assert len(every) > len(np.unique(made, axis=0)) == (fast.upper - fast.lower + 1) ** 3  # merges leave out none
+
+    def nearest(committed: np.ndarray) -> np.ndarray:
+        return np.abs(made[None, :, :2] - committed[:, None]).max(axis=2).min(axis=1)
+
+    assert (nearest(made[:, :2]) == 0).all()  # what is there is found
+    gaps = nearest(made[:, 1:])
+    assert np.mean(gaps > 1e-3) > 0.9 and 0.3 < np.mean(gaps > 0.1) < 0.7
+
+
 # ---- real-time chunking ----
 def smooth_flow(horizon: int = 12):
     """The true velocity towards smooth Gaussian trajectories [B, T, 1], and their covariance."""

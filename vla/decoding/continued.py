@@ -1,10 +1,12 @@
 """Any tokens, FAST's above all, continued where the last chunk is: decoded greedily, then projected.
 
 FAST tokens cannot be forced as bins can: each coefficient is a sum over the whole chunk, so d given actions fix no
-token, only d linear combinations of the coefficients of each dimension, and a greedy choice that must land in that set
-after rounding and merging may not exist. But the transform is orthonormal: the chunk of that set whose coefficients lie
-nearest to the decoded ones is the decoded chunk with its first d actions replaced. What it does not give is a rest that
-was chosen knowing them, hence the soft mask.
+token, only d linear combinations of the coefficients of each dimension, which are rounded: a list of tokens that gives
+those actions may not exist, let alone be greedy's. tests/decoding/test_chunks.py goes through all lists of a small
+tokenizer: behind most of its chunks no list begins with the two actions that come next in them. (That says nothing of
+how near a list of a large one could come, nor at what price.) But the transform is orthonormal: the chunk with those
+actions whose coefficients lie nearest to the decoded ones is the decoded chunk with its first d actions replaced. What
+it does not give is a rest that was chosen knowing them, hence the soft mask.
 """
 
 from __future__ import annotations
