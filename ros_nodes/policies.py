@@ -36,7 +36,7 @@ def load_policy(
     """
     robot = None if embodiment is None else load_embodiment(embodiment)
     parts = parts or Parts()
-    if device not in ("auto", "cpu") and not _is_bundle(name):
+    if device not in ("auto", "cpu") and not is_bundle(name):
         remedy = "Leave it out; the device of a remote policy is its server's."
         raise ConfigError(explain("device", "a bundle to run there", repr(name), remedy))
     if name == "hold" or name.endswith(".npy"):
@@ -97,7 +97,7 @@ def facts_of(name: str, parts: Parts, device: str = "cpu") -> dict[str, str]:
     """What decides the chunks of `load_policy(name, parts=parts, device=device)` beside their inputs, as text: the hash
     of the bundle, the configs of its parts, the version of torch, cpu or which GPU. {} for policies without weights and
     for those elsewhere."""
-    if not _is_bundle(name):
+    if not is_bundle(name):
         return {}
     record = Path(bundle_path(name)) / BUNDLE_MARKER
     content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -109,7 +109,8 @@ def facts_of(name: str, parts: Parts, device: str = "cpu") -> dict[str, str]:
     }
 
 
-def _is_bundle(name: str) -> bool:
+def is_bundle(name: str) -> bool:
+    """Whether a policy of this name has weights here."""
     return not (name == "hold" or name.endswith(".npy") or is_address(name))
 
 

@@ -120,11 +120,11 @@ class Setting:
 _ROBOT = Setting("embodiment", "text", "", "robot: a shipped name or a YAML file", required=True)
 
 POLICY = (
-    Setting("policy", "text", "", "bundle folder, name of a shipped bundle, or 'hold'", required=True),
+    Setting("policy", "text", "", "bundle folder, name of a shipped bundle, ws:// address, or 'hold'", required=True),
     *(Setting(group, "words", "", text) for group, text in GROUPS.items()),
     Setting("device", "text", "cpu", "where a bundle runs: cpu, cuda, cuda:1, ...; auto is the GPU if there is one"),
     Setting("threads", "int", 1, "torch CPU threads", 1, 256),
-    Setting("embodiment", "text", "", "refuse a policy made for another robot; needed for 'hold'"),
+    Setting("embodiment", "text", "", "the robot as it is now: topics, joints, limits; needed for 'hold' and ws://"),
     Setting("compressed", "flag", False, "hear <camera topic>/compressed, pictures as JPEG or PNG"),
     Setting("slop", "float", 0.02, "largest distance of any stamp from the first camera's", 0.0, 1.0, unit="s"),
     Setting("max_age", "float", 0.5, "oldest usable observation", 0.01, 10.0, unit="s"),
@@ -153,7 +153,7 @@ COMMAND = (
 )  # fmt: skip
 
 SIM = (
-    Setting("env", "text", "tabletop", "environment"),
+    Setting("env", "text", "tabletop", "what is simulated: tabletop, or a LIBERO suite such as libero_object"),
     Setting("task", "text", "", "task name or number; nothing is the environment's own"),
     Setting("rtf", "float", 0.0, "simulated seconds per wall second; 0 is 1, or 0.25 for LIBERO", 0.0, 1.0),
     Setting("policy", "text", "none", "expert: answer requests here", choices=("none", "expert")),
@@ -174,7 +174,7 @@ CAMERA = (
     Setting("pixel_format", "text", "", "asked of the device, such as mjpeg or yuyv422; nothing is what it gives"),
     Setting("transport", "text", "raw", "pictures as they are, JPEG on <topic>/compressed, or both",
             choices=("raw", "compressed", "both")),
-    Setting("quality", "int", 90, "of JPEG", 1, 95),
+    Setting("quality", "int", 90, "of JPEG pictures; more is larger and truer", 1, 95),
 )  # fmt: skip
 
 RECORDER = (
@@ -185,7 +185,7 @@ RECORDER = (
     Setting("compressed", "flag", False, "record <camera topic>/compressed"),
     Setting("topic", "list", "", "record this as well, as /name:package/msg/Type"),
     Setting("without", "list", "", "leave this topic out"),
-    Setting("compression", "text", "none", "of chunks", choices=("none", "lz4", "zstd")),
+    Setting("compression", "text", "none", "of the recording, chunk by chunk", choices=("none", "lz4", "zstd")),
     Setting("queue", "float", 256.0, "memory before the disk", 1.0, 65536.0, unit="MiB"),
     Setting("min_free", "float", 1024.0, "end a recording with less on the disk", 0.0, 1e9, unit="MiB"),
 )

@@ -87,14 +87,16 @@ def _qos(quality: Quality, user_data: str = "") -> Qos:
 
 def domain_id(value: int | None = None) -> int:
     """`value`, else ROS_DOMAIN_ID, else 0. TransportError outside 0..232."""
-    raw: object = os.environ.get("ROS_DOMAIN_ID", "").strip() or "0" if value is None else value
+    key, raw = ("ROS_DOMAIN_ID", os.environ.get("ROS_DOMAIN_ID", "").strip() or "0")
+    if value is not None:
+        key, raw = "domain", str(value)
     try:
-        number = int(str(raw))
+        number = int(raw)
     except ValueError:
         number = -1
     if not 0 <= number <= MAX_DOMAIN:
         raise TransportError(
-            explain("ROS_DOMAIN_ID", f"a number in 0..{MAX_DOMAIN}", raw, "UDP ports end at 65535; pick a smaller one.")
+            explain(key, f"a number in 0..{MAX_DOMAIN}", raw, "UDP ports end at 65535; pick a smaller one.")
         )
     return number
 

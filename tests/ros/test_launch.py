@@ -22,6 +22,7 @@ from ros_nodes.graph import free_domain
 from ros_nodes.node import SIM_STATUS
 from ros_nodes.wire import Participant
 from vla.cli import launch as cli
+from vla.cli import main
 from vla.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +240,7 @@ def test_settings_are_described_and_bounded() -> None:
     for node in settings.NODES.values():
         assert len({s.name for s in node.settings}) == len(node.settings)
         for s in node.settings:
-            assert s.kind in settings.KINDS and s.help, s.name
+            assert s.kind in settings.KINDS and len(s.help.split()) >= 3, s.name
             if s.kind in ("int", "float"):
                 assert s.low <= s.default <= s.high and s.high < float("inf") and s.low > -float("inf"), s.name
             assert s.read(s.default) == s.default or s.kind in ("words", "list"), s.name
@@ -276,11 +277,27 @@ def test_it_runs_until_it_is_told_to_end(number: signal.Signals) -> None:
     assert (process.returncode, out, errors) == (0, "", "")
 
 
-def test_a_node_that_fails_ends_the_launch() -> None:
-    process = launch(free_domain(), "robot", "bundle:=nowhere", "robot:=tabletop")
+def test_a_node_that_fails_ends_the_launch(tmp_path: Path) -> None:
+    process = launch(free_domain(), "robot", f"bundle:={tmp_path}", "robot:=tabletop")  # a folder, and no bundle
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "nowhere" in errors and "policy ended by itself with code 1" in errors
+    assert str(tmp_path) in errors and "policy ended by itself with code 1" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("bundle:=nowhere", "robot:=tabletop"), "bundle 'nowhere': no such folder and no shipped bundle"),
+        (("bundle:=hold", "robot:=nowhere"), "embodiment: 'nowhere' is unknown"),
+        (("bundle:=ws://nowhere:1", "robot:=/nowhere.yaml"), "embodiment: expected a readable file"),
+    ],
+)
+def test_what_is_not_there_is_one_message_and_starts_nothing(
+    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.Processes, "run", lambda self: pytest.fail("started"))
+    assert main.main(["launch", "robot", *words]) == main.EXIT_ERROR
+    assert message in capsys.readouterr().err
 
 
 def test_a_node_is_started_again_when_asked(tmp_path: Path) -> None:
@@ -314,7 +331,10 @@ def test_package_manifest_names_what_the_nodes_speak() -> None:
     package = ElementTree.parse(ROOT / "package.xml").getroot()
     depends = {element.text for element in package.iter("exec_depend")}
     spoken = {name.split("/")[0] for name in messages.TYPE_NAMES} - {"rmw_dds_common"}  # the graph is rclpy's business
-    assert spoken | {"rclpy", "std_srvs", "control_msgs", "launch_ros", "lifecycle_msgs"} <= depends
+    shells = [path.read_text() for path in (ROOT / "ros_nodes").glob("rclpy_*.py")]
+    imported = {name for text in shells for name in re.findall(r"^(?:from|import) (rcl\w+|\w+_msgs)", text, re.M)}
+    assert {"rclpy", "rcl_interfaces", "action_msgs"} <= imported
+    assert spoken | imported | {"std_srvs", "control_msgs", "launch_ros", "lifecycle_msgs"} <= depends
     assert package.findtext("export/build_type") == "ament_python" and package.findtext("name") == "vla_stack"
 
 

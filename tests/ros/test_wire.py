@@ -134,9 +134,11 @@ def test_types_carry_ros_names_and_published_hashes() -> None:
 @pytest.mark.parametrize(("value", "why"), [("two", "0..232"), ("233", "0..232"), ("-1", "0..232")])
 def test_bad_domain_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, why: str) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", value)
-    with pytest.raises(TransportError, match=why):
+    with pytest.raises(TransportError, match=f"^ROS_DOMAIN_ID.*{why}"):
         wire.domain_id()
     assert wire.domain_id(7) == 7
+    with pytest.raises(TransportError, match=r"^domain: expected a number in 0\.\.232, got 500"):  # not the variable's
+        wire.domain_id(500)
 
 
 def test_domain_of_the_environment_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

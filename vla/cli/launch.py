@@ -11,11 +11,14 @@ import time
 from typing import Any
 
 from ros_nodes import launching
+from ros_nodes.policies import is_bundle
 from ros_nodes.shell import EXIT_LIMIT_S
 from vla.errors import ConfigError, explain
+from vla.resources import bundle_path, load_embodiment
 
 EPILOG = """Arguments are those of `ros2 launch launch/NAME.launch.py`, as name:=value; `vla launch NAME --show-args`
-lists them. Ctrl-C ends all nodes; the exit code is 0 when each ended cleanly.
+lists them. Ctrl-C ends all nodes. Exit code: 0 when each ended cleanly, 1 when one did not, 2 when nothing was started,
+with what to correct.
 
 examples:
   vla launch sim env:=tabletop
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print(described(launch))
         return 0
     values = read(launch, args.arguments)
+    look(values)
     nodes = {node: launching.wheel_command(launch, node, values) for node in launch.parts}
     return Processes(nodes, values.get("respawn", "").lower() == "true").run()
 
@@ -70,6 +74,15 @@ def read(launch: launching.Launch, words: list[str]) -> dict[str, str]:
             raise ConfigError(explain(setting.name, "ROS 2 (rclpy)", "the DDS wheel", remedy))
     launching.check(launch, values, launching.WHEEL_ONLY)
     return values
+
+
+def look(values: dict[str, str]) -> None:
+    """Raise what the nodes would, for a robot or a bundle that is not there, before one of them starts."""
+    if robot := values.get("robot"):
+        load_embodiment(robot)
+    bundle = values.get("bundle", "")
+    if bundle and is_bundle(bundle):
+        bundle_path(bundle)
 
 
 class Processes:
