@@ -59,7 +59,7 @@ def branches(
         tokens = given["tokens"][head.name]
         segment = model.suffix_segment(head.name, module.embed(module.shift(tokens)), tokens != IGNORE)
         if head.name in given.get("iterate", {}):
-            return _distilled(model, head, segment, given, recipe.target)
+            return _distilled(model, head, segment, given, recipe.target_head)
         return [segment], lambda hidden: _token_losses(module, hidden[0], tokens)
     chunk, noise = given["chunk"], given["noise"]
     if head.kind == "flow":

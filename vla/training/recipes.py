@@ -99,7 +99,7 @@ class HeadRecipe:
     noise_weight: float = 1.0
 
     @property
-    def target(self) -> str:
+    def target_head(self) -> str:
         """The head whose distributions this one is distilled to, "" for its own or none."""
         return self.distill.teacher if self.distill is not None and self.distill.target == "teacher" else ""
 
@@ -186,8 +186,9 @@ class TrainConfig:
             if head.distill is not None and head.distill.target not in ("own", "teacher"):
                 where, got = f"train.heads.{name}.distill.target", repr(head.distill.target)
                 raise ConfigError(explain(where, "own or teacher", got, "Choose one of them."))
-            if head.distill is not None and head.distill.target == "teacher" and head.target in ("", *self.heads):
-                where, got = f"train.heads.{name}.distill.target", f"teacher {head.target!r}, which this run changes"
+            if head.distill is not None and head.distill.target == "teacher" and head.target_head in ("", *self.heads):
+                where = f"train.heads.{name}.distill.target"
+                got = f"teacher {head.target_head!r}, which this run changes"
                 raise ConfigError(explain(where, "a teacher that stays as it is", got, "Take target=own."))
             for key in ("consistency", "anchor", "tolerance") if head.distill is not None else ():
                 value = getattr(head.distill, key)
