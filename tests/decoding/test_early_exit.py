@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.contracts.test_decoders import prompt, tokenizer_of
 from tests.decoding.test_continuous import bundle_of
@@ -130,6 +131,25 @@ def test_keys_and_values_behind_a_synchronisation_are_those_of_the_whole_model(s
         for mine, other in ((cache.keys, whole.prefix.cache.keys), (cache.values, whole.prefix.cache.values)):
             assert torch.allclose(mine[..., :end, :], other[..., :end, :], atol=1e-5)
     assert 0.2 < np.mean(exits) < 0.8 and compared > 10
+
+
+@pytest.mark.parametrize("decoder", [EarlyExitDecoder(threshold=0.4), AdaptiveEarlyExitDecoder(low_beta=4.0)])
+def test_a_pass_waits_for_the_device_once(setting, decoder, monkeypatch) -> None:
+    """With tensors that say they are elsewhere: what leaves them is counted, and is the same."""
+    plain = [setting.decode(decoder, seed, prompt(seed, 1 + seed % 2))[0] for seed in range(4)]
+    waits: list[Tensor] = []
+    fetch = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor) or fetch(tensor), raising=False)
+    exits = []
+    for seed, expected in enumerate(plain):
+        waits.clear()
+        out, _ = setting.decode(decoder, seed, prompt(seed, 1 + seed % 2))
+        assert out.ids == expected.ids and out.notes == expected.notes
+        deep = (out.notes["layers"] - out.passes * EXIT) / (DEPTH - EXIT)
+        assert len(waits) == out.passes + deep + 1  # the last one for all probabilities
+        exits += out.notes["exits"]
+    assert 0 < np.mean(exits) < 1
 
 
 def test_waiting_tokens_are_counted_once() -> None:

@@ -16,7 +16,7 @@ from tests.models.test_vla import inputs, make
 from vla.configs import describe, load
 from vla.decoding.autoregressive import AutoregressiveDecoder
 from vla.decoding.base import Grammar, Hint
-from vla.decoding.blockwise import BlockwiseDecoder
+from vla.decoding.blockwise import BlockwiseDecoder, Lookahead
 from vla.decoding.speculative import Greedy, Previous, RelaxedDecoder, SpeculativeDecoder
 from vla.errors import ConfigError
 from vla.models.heads import HeadConfig
@@ -185,9 +185,20 @@ def test_the_previous_chunk_is_taken_up_where_values_begin_together() -> None:
         assert proposal.tokens == expected, covered
 
 
-def test_blockwise_guesses_follow_the_token_that_was_decided() -> None:
+class AtOnce(Lookahead):
+    """As on a device."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        assert not self.at_once
+        self.at_once = True
+
+
+@pytest.mark.parametrize("reader", [Lookahead, AtOnce])
+def test_blockwise_guesses_follow_the_token_that_was_decided(reader, monkeypatch) -> None:
     """A model that counts: the token after t is t + 1, and the guesses name the ones behind it. The first pass has no
     guesses, every other one settles three tokens."""
+    monkeypatch.setattr("vla.decoding.blockwise.Lookahead", reader)
     vocab, width = 8, 16
     model, grammar = model_of(vocab), Grammar(BinTokenizer(vocab), 8, 2)
     after = [(token + 1) % vocab for token in range(vocab)] + [0]  # the start token is number `vocab`

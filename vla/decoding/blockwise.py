@@ -52,7 +52,10 @@ class Lookahead:
 
     def __init__(self, suffix: TokenSuffix, grammar: Grammar, most: int):
         self.suffix, self.grammar, self.most, self.layers = suffix, grammar, most, 0
-        self._begin, self._states = 0, torch.empty(0)  # of the last pass: [B, Q, D], tokens number `_begin` and on
+        # Of the last pass, tokens number `_begin` and on: states [B, Q, D], or guesses int64[B, Q, most] read off all.
+        self._begin, self._states = 0, torch.empty(0)
+        # On a device reading more than is needed costs nothing, and waiting once more does.
+        self.at_once = suffix.device.type != "cpu"
 
     def propose(self, tokens: list[list[int]], left: list[int], counts: list[int]) -> list[Proposal]:
         if not (self.layers and any(counts)):
@@ -61,7 +64,7 @@ class Lookahead:
         # Every unfinished sample decided in the last pass; of a finished one any state will do.
         places = [max(0, min(len(row) - 2 - self._begin, width - 1)) for row in tokens]
         states = torch.cat([self._states[s : s + 1, place : place + 1] for s, place in enumerate(places)])
-        guesses = best_tokens(self.suffix.head.guesses(states)[:, 0, : self.most])
+        guesses = states[:, 0].tolist() if self.at_once else best_tokens(self._guessed(states)[:, 0])
         return [
             Proposal(allowed(self.grammar, remaining, row[:count]))
             for row, remaining, count in zip(guesses, left, counts)
@@ -69,5 +72,15 @@ class Lookahead:
 
     def verify(self, rows: list[list[int]]) -> Tensor:
         self.layers += self.suffix.depth
-        self._begin, self._states = self.suffix.length, self.suffix.hidden(rows)
-        return self.suffix.out(self._states)
+        self._begin, states = self.suffix.length, self.suffix.hidden(rows)
+        if self.at_once:
+            # Asked for before the logits of this pass: whoever has waited for those has waited for this copy too, and
+            # that is what `speculate` does before it asks for guesses.
+            self._states = self._guessed(states).argmax(dim=-1).to("cpu", non_blocking=True)
+        else:
+            self._states = states
+        return self.suffix.out(states)
+
+    def _guessed(self, states: Tensor) -> Tensor:
+        """[B, Q, D] -> logits [B, Q, most, V]"""
+        return self.suffix.head.guesses(states)[:, :, : self.most]

@@ -112,6 +112,19 @@ def exit_of(head: HeadConfig, depth: int, layer: int, key: str = "decoder.layer"
     return at
 
 
+def leading(logits: Tensor) -> tuple[list[list[int]], list[float]]:
+    """Constrained logits [B, 1, V] -> the most probable token of each sample, in a list of its own, and how far its
+    probability is above the next one's. One wait for the device."""
+    likely = logits[:, 0].softmax(dim=-1).topk(2).values
+    if logits.is_cpu and logits.dtype == torch.float32:  # nothing to wait for, and half the calls
+        chosen, rows = best_tokens(logits), likely.tolist()
+    else:  # as floats, ids are exact up to 2^24
+        best = logits[:, 0].argmax(dim=-1, keepdim=True)
+        packed = torch.cat((best.to(likely.dtype), likely), dim=1).tolist()
+        chosen, rows = [[int(row[0])] for row in packed], [row[1:] for row in packed]
+    return chosen, [first - second for first, second in rows]
+
+
 def synchronised(
     suffix: TokenSuffix, grammar: Grammar, layer: int, threshold: Callable[[int], float], observe: Observe | None = None
 ) -> DecodedTokens:
@@ -136,9 +149,9 @@ def synchronised(
         x = suffix.through(suffix.embed(chosen), suffix.length + len(waiting), shallow)
         layers += layer
         logits = grammar.constrain(suffix.read(x), left)
-        chosen = best_tokens(logits)
-        for sample, ((first, second),) in enumerate(logits.softmax(dim=-1).topk(2).values.tolist()):
-            sure[sample].append(first - second)
+        chosen, leads = leading(logits)
+        for seen, lead in zip(sure, leads):
+            seen.append(lead)
         waiting.append((x, chosen, remaining))
         # A threshold of 1 is never reached, although a token without rival has a confidence of 1.
         unsure = [s for s in samples if remaining[s] and not sure[s][-1] >= threshold(s) < 1]
@@ -152,21 +165,22 @@ def synchronised(
             if observe is None:
                 whole = grammar.constrain(suffix.read(deep[:, -1:]), left)
             else:
-                every = grammar.constrain(suffix.read(deep), list(zip(*before)))
-                for place, row in enumerate(zip(*best_tokens(every))):
+                whole = grammar.constrain(suffix.read(deep), list(zip(*before)))
+            said = best_tokens(whole)
+            if observe is not None:
+                for place, guess in enumerate(guesses):
                     for sample in samples:
-                        agreed[sample].append(row[sample] == guesses[place][sample][0])
+                        agreed[sample].append(said[sample][place] == guess[sample][0])
                 for sample in unsure:
                     observe(sample, sure[sample], agreed[sample])
                     sure[sample], agreed[sample] = [], []
-                whole = every[:, -1:]
             waiting.clear()
             if len(unsure) == len(samples):
-                logits = whole
+                logits = whole[:, -1:]
             else:
-                picked = torch.tensor(unsure, device=suffix.device)
-                logits = logits.index_copy(0, picked, whole[picked])
-            chosen = best_tokens(logits)
+                picked = torch.tensor(unsure).to(suffix.device, non_blocking=True)
+                logits = logits.index_copy(0, picked, whole[picked, -1:])
+            chosen = [said[sample][-1:] if sample in unsure else chosen[sample] for sample in samples]
         rows.append(logits)
         remaining = [grammar.append(*sample) for sample in zip(ids, remaining, chosen)]
     exits = [1 - count / len(row) for count, row in zip(deepened, ids)]
