@@ -1,12 +1,16 @@
-"""Inputs for the gate: any at all, and chunks of a healthy run. What comes out is shown to a `monitor`: now_ns, and
-see(values, now_ns, stopped)."""
+"""Inputs for the gate: any at all, chunks of a healthy run, and chunks with faults for any arm. What comes out is shown
+to a `monitor`: now_ns, see(values, now_ns, stopped), and for the last of them sheet."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from arms import JOINTS, PERIOD_NS, arm
 from hypothesis import strategies as st
 
+from vla.embodiment import Embodiment
 from vla.runtime.gate import Gate, Reason, Verdict
 
 PERIOD_S = PERIOD_NS * 1e-9
@@ -26,6 +30,33 @@ def planar(q: np.ndarray) -> np.ndarray:
 
 def inside(point: np.ndarray, box, near: float = 0.0) -> bool:
     return bool(np.all(point >= np.array(box[0]) - near) and np.all(point <= np.array(box[1]) + near))
+
+
+class Sheet(NamedTuple):
+    """What a data sheet says: limits float64[D] and the control period. jerk: NaN where none is stated."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    speed: np.ndarray
+    acceleration: np.ndarray
+    jerk: np.ndarray
+    period_s: float
+    period_ns: int  # rounded: 1/30 s is no whole number of them
+
+    @property
+    def aside(self) -> np.ndarray:
+        """A start from which the limits of position are soon reached."""
+        return self.lower + 0.9 * (self.upper - self.lower)
+
+    @classmethod
+    def of(cls, robot: Embodiment) -> Sheet:
+        names = ("lower", "upper", "max_velocity", "max_acceleration", "max_jerk")
+        columns = [np.array([getattr(joint, name) for joint in robot.joints], np.float64) for name in names]
+        return cls(*columns, robot.period_s, round(1e9 * robot.period_s))
+
+
+NUMBERS = Sheet.of(arm())
+SHIPPED = ("panda", "ur5e", "so101", "aloha")
 
 
 class Drive:
@@ -152,3 +183,49 @@ def random_chunk(rng: np.random.Generator, gate: Gate, monitor, chunk: int, tool
         if tool_box is not None:
             point = planar(decision.values)
             assert inside(point, tool_box, near), point
+
+
+# What a fault does to the inputs of one step.
+FAULTS: dict[str, Callable[[dict[str, Any], int], None]] = {
+    "no heartbeat for 150 ms": lambda inputs, period_ns: inputs.update(heartbeat_ns=inputs["now_ns"] - 150_000_000),
+    "no action": lambda inputs, period_ns: inputs.update(target=None),
+    "NaN in an action": lambda inputs, period_ns: inputs["target"].__setitem__(-1, np.nan),
+    "an action that is late": lambda inputs, period_ns: inputs.update(due_ns=inputs["now_ns"] - 3 * period_ns),
+    "NaN in a joint state": lambda inputs, period_ns: inputs["positions"].__setitem__(0, np.nan),
+    "a joint state that is old": lambda inputs, period_ns: inputs.update(
+        positions_stamp_ns=inputs["now_ns"] - 150_000_000
+    ),
+}
+
+
+def faulty_chunk(rng: np.random.Generator, gate: Gate, monitor, chunk: int, share: float = 0.04) -> int:
+    """Eight actions as of `random_chunk`, for any arm, each of which meets a fault with this probability; how many were
+    not stopped. A fault is a stop in its own tick; ticks are jittered, and one in a hundred comes after a pause. Twelve
+    chunks in a row are of one kind and have one goal, so that a heavy arm comes to its top speed and to its limits."""
+    sheet, now_ns, moved, plan = monitor.sheet, monitor.now_ns, 0, np.random.default_rng(chunk // 12)
+    span, far = sheet.upper - sheet.lower, sheet.speed * sheet.period_s
+    kind, goal = (1, 2, 1, 0, 1, 3)[chunk // 12 % 6], plan.uniform(sheet.lower - span, sheet.upper + span)
+    goal = np.clip(goal, sheet.lower - 0.5, sheet.upper + 0.5)  # most joints beyond a limit
+    for _ in range(8):
+        jitter = 1 if rng.random() < 0.5 else rng.uniform(0.02, 1.98) if rng.random() < 0.98 else 10
+        now_ns += int(sheet.period_ns * jitter)
+        q = gate.command
+        motions = (rng.uniform(-1, 1) * far, goal - q, 0.2 * (goal - q), rng.normal(size=len(q)) * far)
+        inputs = {
+            "now_ns": now_ns,
+            "target": q + motions[kind],
+            "due_ns": now_ns,
+            "chunk_number": chunk,
+            "positions": q.copy(),
+            "positions_stamp_ns": now_ns,
+            "heartbeat_ns": now_ns,
+        }
+        fault = str(rng.choice(list(FAULTS))) if rng.random() < share else ""
+        if fault:
+            FAULTS[fault](inputs, sheet.period_ns)
+        decision = gate.step(**inputs)
+        stopped = decision.verdict is Verdict.STOP
+        assert stopped or not fault, fault
+        monitor.see(decision.values, now_ns, stopped)
+        moved += not stopped
+    return moved

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from arms import JOINTS, PERIOD_NS, arm
 from gate_inputs import (
-    ACCELERATION,
     BOX,
     LOWER,
     PERIOD_S,
+    SHIPPED,
     SPEED,
     START,
     UPPER,
+    Sheet,
     drive,
+    faulty_chunk,
     inside,
     planar,
     random_chunk,
@@ -30,12 +32,14 @@ from gate_inputs import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vla.resources import load_embodiment
 from vla.runtime.gate import MAX_PERIODS, Gate, Reason, Verdict
 from vla.runtime.jerk import Stop
 from vla.runtime.limits import JointLimits
 
 JERK = np.array([40.0, 500.0, 8.0, 60.0])
 SMOOTH = tuple(replace(joint, max_jerk=jerk) for joint, jerk in zip(JOINTS, JERK))
+CHUNKS_OF_SHIPPED = 60
 NEAR = 1e-4  # metres: the way of a stop is looked at in points, and the tool moves on arcs between them
 
 
@@ -43,17 +47,20 @@ def smooth_arm(action_space: str = "ee_delta", **changes):
     return arm(action_space, joints=SMOOTH, **changes)
 
 
+SHEET = Sheet.of(smooth_arm())
+
+
 class Stream:
     """An emitted stream, in pieces of steady time. `check` compares it with the data sheet."""
 
-    def __init__(self, start: np.ndarray, now_ns: int = 0) -> None:
-        self.start, self.now_ns, self.first = np.array(start), now_ns, True
+    def __init__(self, start: np.ndarray, now_ns: int = 0, sheet: Sheet = SHEET) -> None:
+        self.start, self.now_ns, self.first, self.sheet = np.array(start), now_ns, True, sheet
         self.pieces: list[tuple[list[float], list[np.ndarray]]] = []
         self._begin(self.start)
 
     def _begin(self, q: np.ndarray) -> None:
         """At rest at q for longer than three samples."""
-        self.pieces.append(([-3 * PERIOD_S, -2 * PERIOD_S, -PERIOD_S, 0.0], [q, q, q, q]))
+        self.pieces.append(([-k * self.sheet.period_s for k in (3, 2, 1, 0)], [q, q, q, q]))
 
     @property
     def q(self) -> np.ndarray:
@@ -66,37 +73,39 @@ class Stream:
         if dt < 0 or (dt == 0 and not self.first):
             assert np.array_equal(values, self.q), "no time has passed, but the command moved"
             return
-        if self.first or dt > MAX_PERIODS * PERIOD_S:  # the arm has come to rest in between, at the last command
+        if self.first or dt > MAX_PERIODS * self.sheet.period_s:  # at rest in between, at the last command
             if not self.first:
                 self._begin(self.q)
-            dt, self.first = PERIOD_S, False
+            dt, self.first = self.sheet.period_s, False
         times, positions = self.pieces[-1]
         times.append(times[-1] + dt)
         positions.append(values)
 
     def worst(self) -> np.ndarray:
         """Largest share of the limits of velocity, acceleration and jerk that the stream takes, float64[3]."""
-        return np.max([largest_shares(np.array(times), np.array(rows)) for times, rows in self.pieces], axis=0)
+        pieces = [(np.array(times), np.array(rows)) for times, rows in self.pieces]
+        return np.max([largest_shares(times, rows, self.sheet) for times, rows in pieces], axis=0)
 
     def check(self) -> None:
         assert np.all(self.worst() <= 1.0 + 1e-6), self.worst()
+        lower, upper = self.sheet.lower, self.sheet.upper
         for _, rows in self.pieces:
             q = np.array(rows)
-            assert np.all(q >= np.minimum(LOWER, self.start) - 1e-9)
-            assert np.all(q <= np.maximum(UPPER, self.start) + 1e-9)
+            assert np.all(q >= np.minimum(lower, self.start) - 1e-9)
+            assert np.all(q <= np.maximum(upper, self.start) + 1e-9)
             step = np.diff(q, axis=0)  # outside the limits, motion is inward
-            assert np.all(step[q[:-1] > UPPER + 1e-9] <= 1e-9) and np.all(step[q[:-1] < LOWER - 1e-9] >= -1e-9)
+            assert np.all(step[q[:-1] > upper + 1e-9] <= 1e-9) and np.all(step[q[:-1] < lower - 1e-9] >= -1e-9)
 
     def ends_at_rest(self) -> bool:
         rows = self.pieces[-1][1]
         return all(np.array_equal(row, rows[-1]) for row in rows[-4:])
 
 
-def largest_shares(t: np.ndarray, q: np.ndarray) -> np.ndarray:
+def largest_shares(t: np.ndarray, q: np.ndarray, sheet: Sheet = SHEET) -> np.ndarray:
     """float64[3]: divided differences of q float64[N, D] at t float64[N], as shares of their limits; what rounding of
     q alone can make of close samples is taken off."""
     d = np.diff(t)[:, None]
-    bounds = (SPEED, ACCELERATION, JERK)
+    bounds = (sheet.speed, sheet.acceleration, sheet.jerk)
     value, noise, out = q, np.full_like(q, 2.0**-50 * np.max(np.abs(q))), []
     for order, bound in enumerate(bounds, 1):
         width = sum(d[k : len(d) - order + 1 + k] for k in range(order)) / order
@@ -108,10 +117,10 @@ def largest_shares(t: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def run_to_rest(gate: Gate, stream: Stream) -> None:
     """Silence: the stream must end at rest, in the time that the slowest stop takes, and stay there."""
-    ticks = int(np.ceil(np.max(SPEED / ACCELERATION + 2 * ACCELERATION / JERK) / PERIOD_S)) + 3
-    now_ns = stream.now_ns
-    for _ in range(ticks + 4):
-        now_ns += PERIOD_NS
+    sheet, now_ns = stream.sheet, stream.now_ns
+    slowest_s = np.max(sheet.speed / sheet.acceleration + 2 * sheet.acceleration / sheet.jerk)
+    for _ in range(int(np.ceil(slowest_s / sheet.period_s)) + 7):
+        now_ns += sheet.period_ns
         stream.see(gate.step(now_ns, None).values, now_ns, True)
     assert gate.at_rest and stream.ends_at_rest()
 
@@ -158,6 +167,24 @@ def chunks_within_limits(chunks: int, action_space: str, seed: int) -> None:
 @pytest.mark.parametrize("action_space", ["ee_delta", "joint_position"])
 def test_random_chunks_stay_within_limits(action_space):
     chunks_within_limits(100, action_space, seed=1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_robots_stay_within_limits_with_faults_among_the_inputs(name):
+    robot, rng = load_embodiment(name), np.random.default_rng(6)
+    sheet, worst, moved = Sheet.of(robot), np.zeros(3), 0
+    gate, stream = Gate(robot), Stream(sheet.aside, sheet=sheet)
+    gate.reset(stream.q, 0)
+    for chunk in range(CHUNKS_OF_SHIPPED):
+        moved += faulty_chunk(rng, gate, stream, chunk)
+        if chunk % 20 == 19:
+            run_to_rest(gate, stream)
+            stream.check()
+            worst = np.maximum(worst, stream.worst())
+            stream = Stream(gate.command, stream.now_ns, sheet)
+            stream.first = False
+    assert np.all(worst > 0.95), f"the limits are used, not only kept: {worst}"
+    assert moved > 3 * CHUNKS_OF_SHIPPED, "of eight actions, three or more are not in a stop"
 
 
 @pytest.mark.slow

@@ -6,18 +6,19 @@ inputs each time; a failure there prints how to repeat it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from arms import PERIOD_NS, arm
 from gate_inputs import (
-    ACCELERATION,
     BOX,
-    LOWER,
-    PERIOD_S,
-    SPEED,
+    NUMBERS,
+    SHIPPED,
     START,
-    UPPER,
+    Sheet,
     drive,
+    faulty_chunk,
     inside,
     planar,
     random_chunk,
@@ -27,51 +28,59 @@ from gate_inputs import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vla.resources import load_embodiment
 from vla.runtime.gate import MAX_PERIODS, Gate
+
+CHUNKS_OF_SHIPPED = 90
 
 
 class Monitor:
     """Recomputes velocity and acceleration of an emitted stream and compares them with the data sheet."""
 
-    def __init__(self, start: np.ndarray, now_ns: int = 0) -> None:
-        self.q, self.v, self.now_ns, self.first = start.copy(), np.zeros_like(start), now_ns, True
-        self.lower, self.upper = np.minimum(LOWER, start), np.maximum(UPPER, start)
+    def __init__(self, start: np.ndarray, now_ns: int = 0, sheet: Sheet = NUMBERS) -> None:
+        self.q, self.v, self.now_ns, self.first, self.sheet = start.copy(), np.zeros_like(start), now_ns, True, sheet
+        self.lower, self.upper = np.minimum(sheet.lower, start), np.maximum(sheet.upper, start)
+        self.worst = np.zeros(2)  # largest share of the limits of speed and acceleration that was taken
 
     def see(self, values: np.ndarray, now_ns: int, stopped: bool) -> None:
-        dt = (now_ns - self.now_ns) * 1e-9
+        dt, sheet = (now_ns - self.now_ns) * 1e-9, self.sheet
         self.now_ns = now_ns
         assert np.all(np.isfinite(values))
         if dt < 0 or (dt == 0 and not self.first):
             assert np.array_equal(values, self.q), "no time has passed, but the command moved"
             return
-        if self.first or dt > MAX_PERIODS * PERIOD_S:  # the arm has come to rest in between
-            self.v, dt, self.first = np.zeros_like(self.v), PERIOD_S, False
+        if self.first or dt > MAX_PERIODS * sheet.period_s:  # the arm has come to rest in between
+            self.v, dt, self.first = np.zeros_like(self.v), sheet.period_s, False
         v = (values - self.q) / dt
         slack = 1e-9 + 1e-14 / dt
         assert np.all(values >= self.lower - 1e-12) and np.all(values <= self.upper + 1e-12)
-        assert np.all(np.abs(v) <= SPEED + slack)
-        assert np.all(np.abs(v - self.v) <= ACCELERATION * dt + 2 * slack)
+        change = sheet.acceleration * dt
+        assert np.all(np.abs(v) <= sheet.speed + slack)
+        assert np.all(np.abs(v - self.v) <= change + 2 * slack)
         if stopped:
-            assert np.all(np.abs(v) <= np.maximum(np.abs(self.v) - ACCELERATION * dt, 0) + 2 * slack)
+            assert np.all(np.abs(v) <= np.maximum(np.abs(self.v) - change, 0) + 2 * slack)
         # Outside the limits, motion is inward or braking.
-        outward = ((values > UPPER) & (v > slack)) | ((values < LOWER) & (v < -slack))
-        assert not np.any(outward & (np.abs(v) > np.maximum(np.abs(self.v) - ACCELERATION * dt, 0) + 2 * slack))
-        self.lower = np.where(values < LOWER, np.minimum(values, self.upper), LOWER)
-        self.upper = np.where(values > UPPER, values, UPPER)
+        outward = ((values > sheet.upper) & (v > slack)) | ((values < sheet.lower) & (v < -slack))
+        assert not np.any(outward & (np.abs(v) > np.maximum(np.abs(self.v) - change, 0) + 2 * slack))
+        self.lower = np.where(values < sheet.lower, np.minimum(values, self.upper), sheet.lower)
+        self.upper = np.where(values > sheet.upper, values, sheet.upper)
+        taken = [np.max(np.abs(v) / sheet.speed), np.max((np.abs(v - self.v) - 2 * slack) / change)]
+        self.worst = np.maximum(self.worst, taken)
         self.q, self.v = values, v
 
 
 def run_to_rest(gate: Gate, monitor: Monitor) -> None:
     """Silence: the stream must end at rest, in the time that braking from top speed takes, and stay there."""
-    ticks = int(np.ceil(np.max(SPEED / ACCELERATION) / PERIOD_S)) + 1
+    sheet = monitor.sheet
+    ticks = int(np.ceil(np.max(sheet.speed / sheet.acceleration) / sheet.period_s)) + 1
     now_ns, values = monitor.now_ns, gate.command
     for _ in range(ticks):
-        now_ns += PERIOD_NS
+        now_ns += sheet.period_ns
         values = gate.step(now_ns, None).values
         monitor.see(values, now_ns, True)
     assert gate.at_rest
     for _ in range(3):
-        now_ns += PERIOD_NS
+        now_ns += sheet.period_ns
         assert np.array_equal(gate.step(now_ns, None).values, values)
         monitor.see(values, now_ns, True)
 
@@ -111,6 +120,22 @@ def chunks_within_limits(chunks: int, action_space: str, seed: int) -> None:
 @pytest.mark.parametrize("action_space", ["ee_delta", "joint_position"])
 def test_random_chunks_stay_within_limits(action_space):
     chunks_within_limits(500, action_space, seed=1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_robots_stay_within_limits_with_faults_among_the_inputs(name):
+    """Without their jerk limits, with which test_gate_jerk.py tries them: a robot's own file may state none."""
+    shipped, rng = load_embodiment(name), np.random.default_rng(5)
+    robot = replace(shipped, joints=tuple(replace(joint, max_jerk=None) for joint in shipped.joints))
+    sheet, moved = Sheet.of(robot), 0
+    gate, monitor = Gate(robot), Monitor(sheet.aside, sheet=sheet)
+    gate.reset(monitor.q, 0)
+    for chunk in range(CHUNKS_OF_SHIPPED):
+        moved += faulty_chunk(rng, gate, monitor, chunk)
+        if chunk % 50 == 49:
+            run_to_rest(gate, monitor)
+    assert np.all(monitor.worst > 0.99), f"the limits are used, not only kept: {monitor.worst}"
+    assert moved > 4 * CHUNKS_OF_SHIPPED, "half of the time it moves"
 
 
 @pytest.mark.slow
