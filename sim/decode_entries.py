@@ -117,7 +117,7 @@ _LISTED = (
     Entry("capped distilled, 2 per 16, pruned, reused", "capped", _capped(2, 16), _DISTILLED, "flashvla", "flashvla"),
     Entry(_FAST, "autoregressive", ("head=fast",)),
     Entry(f"{_FAST}, again", "autoregressive", ("head=fast",), _FAST),
-    Entry("jacobi FAST", "jacobi", ("head=fast", "agreement=0.2"), _FAST),
+    Entry("jacobi FAST", "jacobi", ("head=fast",), _FAST),
     Entry("jacobi FAST, 4", "jacobi", ("head=fast", "window=4"), _FAST),
     Entry("speculative FAST, previous chunk", "speculative", ("head=fast",), _FAST),
     Entry("anytime FAST", "anytime", ("head=fast",), _FAST),
@@ -140,7 +140,11 @@ _LISTED = (
     Entry("hybrid tokens", "ensemble", ("mode=tokens",), _BINS),
     *(
         Entry(f"hybrid ensemble{name}", "ensemble", options, _BINS, against=("hybrid tokens", "diffusion, 4 steps"))
-        for name, options in (("", ()), (", threshold 0.5", ("threshold=0.5",)))
+        for name, options in (
+            ("", ()),
+            (", threshold 0.5", ("threshold=0.5",)),
+            (", threshold 0.5, by jacobi", ("threshold=0.5", "inner=jacobi")),
+        )
     ),
     Entry("parallel", "parallel", (), _BINS),
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
