@@ -138,6 +138,8 @@ def save(bundle: Bundle, path: str | Path) -> str:
         if bundle.data is not None:
             _add_data(content, bundle.data)
         (temporary / MARKER).write_text(_text(content))
+        # safetensors lets nobody else read what it writes: on a robot it is often another user who runs the policy.
+        (temporary / WEIGHTS).chmod((temporary / MARKER).stat().st_mode)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
         if path.exists():
             # What stands beside the two files (a card, a curve) belongs to the user: keep it.
