@@ -15,6 +15,7 @@ from vla.decoding.early_exit import (
     BetaMixture,
     EarlyExitDecoder,
     fitted,
+    leading,
     measure,
     measured,
 )
@@ -322,3 +323,11 @@ def test_settings_out_of_range_are_refused(threshold) -> None:
         AdaptiveEarlyExitDecoder(momentum=threshold)
     with pytest.raises(ConfigError, match="alpha, beta"):
         AdaptiveEarlyExitDecoder(low_alpha=min(0.0, threshold))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_ids_survive_in_half_precision(dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 1, 1500, dtype=dtype)
+    logits[0, 0, 1233], logits[1, 0, 301] = 20.0, 9.0
+    chosen, leads = leading(logits)
+    assert chosen == [[1233], [301]] and leads == pytest.approx([1.0, 0.84], abs=0.01)

@@ -115,12 +115,12 @@ def exit_of(head: HeadConfig, depth: int, layer: int, key: str = "decoder.layer"
 def leading(logits: Tensor) -> tuple[list[list[int]], list[float]]:
     """Constrained logits [B, 1, V] -> the most probable token of each sample, in a list of its own, and how far its
     probability is above the next one's. One wait for the device."""
-    likely = logits[:, 0].softmax(dim=-1).topk(2).values
+    likely = logits[:, 0].softmax(dim=-1, dtype=torch.float32).topk(2).values
     if logits.is_cpu and logits.dtype == torch.float32:  # nothing to wait for, and half the calls
         chosen, rows = best_tokens(logits), likely.tolist()
-    else:  # as floats, ids are exact up to 2^24
+    else:  # ids are exact as float32 up to 2^24, as bfloat16 up to 2^8 only
         best = logits[:, 0].argmax(dim=-1, keepdim=True)
-        packed = torch.cat((best.to(likely.dtype), likely), dim=1).tolist()
+        packed = torch.cat((best.float(), likely), dim=1).tolist()
         chosen, rows = [[int(row[0])] for row in packed], [row[1:] for row in packed]
     return chosen, [first - second for first, second in rows]
 
