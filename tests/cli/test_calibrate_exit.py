@@ -40,7 +40,7 @@ def bundle(monkeypatch):
 
     def observations(policy, config, count):
         asked.append(config)
-        return [(observation(seed), InferContext()) for seed in range(count)]
+        return [(observation(seed), InferContext()) for seed in range(count)], None
 
     monkeypatch.setattr("vla.checkpoints.bundle.load", lambda path, device: made)
     monkeypatch.setattr("vla.resources.bundle_path", lambda name: name)

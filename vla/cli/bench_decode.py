@@ -305,24 +305,31 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     capped = [(row, row["passes_per_chunk"]) for row, _ in frontier if "passes" in row["config"]]
     if capped:
         of = {row["reference"] for row, _ in capped}
-        whole = [(row, row["passes_per_chunk"]) for row, _ in frontier if row["decoder"] in of]
-        _scatter([*whole, *capped], "passes per chunk", path.with_stem(f"{path.stem}-passes"))
+        exact = [(row, row["passes_per_chunk"]) for row, _ in frontier if row["exact"] and row["reference"] in of]
+        _scatter([*exact, *capped], "passes per chunk", path.with_stem(f"{path.stem}-passes"))
 
 
 def _scatter(points: list[tuple[dict[str, Any], float]], label: str, path: Path) -> None:
     """Success of rows, each at its x, with intervals and names."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for row, x in points:
+    middle = np.exp(np.mean(np.log([x for _, x in points])))
+    for number, (row, x) in enumerate(sorted(points, key=lambda point: point[1])):
         y, (low, high) = row["success_rate"], row["wilson_95"]
         axis.errorbar(x, 100 * y, yerr=[[100 * (y - low)], [100 * (high - y)]], fmt="o" if row["exact"] else "s",
                       markersize=4, linewidth=0.7)  # fmt: skip
-        axis.annotate(row["decoder"], (x, 100 * y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        # Names stand on the inner side of their points, in turn above and below.
+        side, align = (5, "left") if x < middle else (-5, "right")
+        axis.annotate(row["decoder"], (x, 100 * y), xytext=(side, (3, -9)[number % 2]), textcoords="offset points",
+                      fontsize=7, ha=align)  # fmt: skip
     axis.set_xscale("log")
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which("{x:g}")
     axis.set_xlabel(label)
     axis.set_ylabel("success, %, 95 % interval")
     axis.grid(alpha=0.3)
