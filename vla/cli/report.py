@@ -52,9 +52,7 @@ def render(record: RunRecord, film: Path | None = None, trace: Path | None = Non
     if film is not None and film.is_file():
         body.append(f'<video controls preload="metadata" src="{escape(film.name)}"></video>')
     if trace is not None and trace.is_file():
-        body.append(
-            f'<p class="sub">Every message of the run: <code>{escape(trace.name)}</code>, for Foxglove.</p>'
-        )
+        body.append(f'<p class="sub">Every message of the run: <code>{escape(trace.name)}</code>, for Foxglove.</p>')
     body += [
         _section("Success per task family", _plot(plots.success_per_family(record)) + _families(record)),
         _section("Episodes", _episodes(record)),
