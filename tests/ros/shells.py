@@ -160,24 +160,32 @@ DEMOS = {"wheel": demo.Graph, "rclpy": RclpyDemo}
 
 
 @contextmanager
+def beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`run` in a thread of its own while the block lasts; the event says when to end."""
+    ended = threading.Event()
+    thread = threading.Thread(target=run, args=(ended,))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def drivers(found: Graph, robot: Embodiment) -> Iterator[set[str]]:
     """Joint states of a robot that rests at home, 100 times a second; topics in the set are silent."""
-    silent, ended, home = set[str](), threading.Event(), np.array(robot.home)
+    silent, home = set[str](), np.array(robot.home)
     told = [(topic, found.publisher(topic.endpoint)) for topic in joint_topics(robot)]
 
-    def run() -> None:
+    def run(ended: threading.Event) -> None:
         while not ended.wait(0.01):
             for topic, publisher in told:
                 if topic.topic not in silent:
                     publisher.publish(encode(JointState(time.time_ns(), topic.names, home[topic.places])))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run):
         yield silent
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shells import DEMOS, SHELLS
+from shells import DEMOS, SHELLS, beside
 
 from ros_nodes import messages as m
 from ros_nodes.graph import Graph
@@ -96,22 +96,16 @@ def test_policy_process_lost_in_motion(graph: Graph, fault: signal.Signals) -> N
 @contextmanager
 def slowed(pid: int, share: float = 0.1, period_s: float = 0.02) -> Iterator[None]:
     """A process that has the cores for `share` of the time only."""
-    ended = threading.Event()
 
-    def run() -> None:
+    def run(ended: threading.Event) -> None:
         while not ended.is_set():
             os.kill(pid, signal.SIGSTOP)
             ended.wait((1 - share) * period_s)
             os.kill(pid, signal.SIGCONT)
             ended.wait(share * period_s)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.mark.slow

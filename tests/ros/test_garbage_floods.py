@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shells import SHELLS
+from shells import SHELLS, beside
 
 from ros_nodes import messages as m
 from ros_nodes.graph import Graph
@@ -195,21 +195,16 @@ def test_floods(graph: Graph, publishers: dict[Endpoint, Publisher], together: b
 
 @contextmanager
 def flood(publishers: dict[Endpoint, Publisher], *endpoints: Endpoint) -> Iterator[None]:
-    ended, data = threading.Event(), {e: m.encode(HARMLESS[e]) for e in endpoints}
+    data = {e: m.encode(HARMLESS[e]) for e in endpoints}
 
-    def run() -> None:
+    def run(ended: threading.Event) -> None:
         while not ended.wait(0.001):
             for endpoint in endpoints:
                 for _ in range(25):
                     publishers[endpoint].publish(data[endpoint])
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.mark.slow
