@@ -149,11 +149,13 @@ class RclpyDemo(demo.Graph):
         node, kind = next((node, kind) for node, kind in settings.NODES.items() if kind.module == module)
         parser = argparse.ArgumentParser()
         parser.add_argument("--use-sim-time", action="store_true")
+        parser.add_argument("-r", action="append", default=[])
         settings.add_arguments(parser, kind.settings)
         told = {key: value for key, value in vars(parser.parse_args(words)).items() if value != parser.get_default(key)}
+        rules = [word for rule in told.pop("r", ()) for word in ("-r", rule)]
         values = {key: " ".join(value) if isinstance(value, list) else value for key, value in told.items()}
         values["stats"] = str(self.out / "stats" / f"{name}.json")
-        return command("rclpy", node, self.domain, **values), {**environment, **ros_environment(self.domain)}
+        return command("rclpy", node, self.domain, *rules, **values), {**environment, **ros_environment(self.domain)}
 
 
 DEMOS = {"wheel": demo.Graph, "rclpy": RclpyDemo}

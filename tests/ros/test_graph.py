@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from shells import SHELLS
 from shells import graph as nodes
@@ -35,6 +36,7 @@ SEED = 1_000_000
 
 def test_the_expert_succeeds_over_ros_and_everything_is_measured(tmp_path: Path) -> None:
     seen: list[tuple[str, int, np.ndarray]] = []
+    own_mb = psutil.Process().memory_info().rss / 2**20  # counted too: whatever the tests before have left in here
     graph = Graph(
         "tabletop", "expert", out=tmp_path, task="push", realtime=True, watch=("agentview",),
         on_image=lambda *picture: seen.append(picture),
@@ -44,7 +46,7 @@ def test_the_expert_succeeds_over_ros_and_everything_is_measured(tmp_path: Path)
     assert result["episodes"] == 2 and result["seeds"] == [SEED, SEED + 1]
     assert result["control_hz"] == pytest.approx(20, rel=0.1)
     assert 0 < result["transport_ms"]["p50"] <= result["transport_ms"]["p95"]
-    assert 50 < result["peak_rss_mb"] < 3000 and result["messages"] > 500
+    assert 50 < result["peak_rss_mb"] - own_mb < 1500 and result["messages"] > 500
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 2
     assert {p.returncode for p in graph.processes.values()} == {0}
     trace = Trace.load_mcap(tmp_path / "trace.mcap")
