@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,25 @@ def test_round_trip(tmp_path: Path, codec: str) -> None:
     error = np.abs(frames - np.concatenate([e[CAMERA] for e in episodes]))
     assert error.mean() < (1.0 if codec == "h264" else 4.0)
     assert json.loads((read.path / "meta/extra.json").read_text()) == {"hello": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getparam"), reason="this system has no real-time priorities to change")
+@pytest.mark.parametrize("codec", video.CODECS)
+def test_encoding_takes_no_priority_over_what_controls_an_arm(codec: str, tmp_path: Path) -> None:
+    """Root's AV1 encoder would."""
+
+    def priorities() -> set[int]:
+        return {os.sched_getparam(int(task.name)).sched_priority for task in Path("/proc/self/task").iterdir()}
+
+    before, during = priorities(), set()
+
+    def frames() -> Iterator[np.ndarray]:
+        for _ in range(3):
+            yield np.zeros((64, 64, 3), np.uint8)
+            during.update(priorities())
+
+    video.encode(tmp_path / "film.mp4", frames(), 20, video.codec(codec))
+    assert during | priorities() <= before
 
 
 def test_random_access_equals_sequential(dataset: LeRobotDataset) -> None:

@@ -137,9 +137,7 @@ class Forger:
                 self._socket.sendto(packet, ("127.0.0.1", port))
 
 
-@pytest.mark.parametrize("naming", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_garbage_on_every_topic(naming: bool, graph: Graph, publishers: dict[Endpoint, Publisher]) -> None:
-    """naming: that each topic is named is waited for; a machine busy with a whole suite may be late for that."""
+def test_garbage_on_every_topic(graph: Graph, publishers: dict[Endpoint, Publisher]) -> None:
     forger, rng = Forger(graph.domain), np.random.default_rng(0)
     # That what is forged arrives at all: a message in order has its effect.
     forger.send(publishers[CONTROL], bytes(m.encode(m.Text.of(op="stop"))))
@@ -157,7 +155,7 @@ def test_garbage_on_every_topic(naming: bool, graph: Graph, publishers: dict[End
             flipped.append(bytes(data))
         for data in (*cut, *noise, *flipped):
             forger.send(publisher, data)
-        if naming and endpoint.topic not in UNNAMED:
+        if endpoint.topic not in UNNAMED:
 
             def named(topic: str = endpoint.topic, publisher: Publisher = publisher, few: bytes = cut[1]) -> bool:
                 forger.send(publisher, few)  # again: a reader that had not met the writer yet has heard nothing so far
@@ -207,7 +205,6 @@ def flood(publishers: dict[Endpoint, Publisher], *endpoints: Endpoint) -> Iterat
         yield
 
 
-@pytest.mark.slow
 def test_in_a_flood_a_policy_that_freezes_is_noticed_as_soon(
     graph: Graph, publishers: dict[Endpoint, Publisher]
 ) -> None:

@@ -6,6 +6,8 @@ joining is copying packets with shifted time stamps: an episode looks the same a
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -62,6 +64,25 @@ def codec(name: str) -> VideoCodec:
     return chosen
 
 
+@contextlib.contextmanager
+def _scheduling_kept() -> Iterator[None]:
+    """Neither the caller nor threads begun inside rise above the caller's real-time priority. SVT-AV1 gives both the
+    highest there is when root opens it, and what controls an arm would wait for a film, and for all the rest of the
+    process."""
+    tasks = Path("/proc/self/task")
+    if not (hasattr(os, "sched_setscheduler") and tasks.is_dir()):
+        yield
+        return
+    policy, parameters, known = os.sched_getscheduler(0), os.sched_getparam(0), set(tasks.iterdir())
+    try:
+        yield
+    finally:
+        for thread in (0, *(int(task.name) for task in set(tasks.iterdir()) - known)):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                if os.sched_getparam(thread).sched_priority > parameters.sched_priority:
+                    os.sched_setscheduler(thread, policy, parameters)
+
+
 def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCodec) -> int:
     """Write frames (uint8[H, W, 3] each) as an mp4 clip, atomically; returns how many.
 
@@ -77,7 +98,8 @@ def encode(path: Path, frames: Iterable[np.ndarray], fps: int, chosen: VideoCode
                 stream.pix_fmt = chosen.pix_fmt
                 stream.thread_count = 1
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame))
+            with contextlib.nullcontext() if count else _scheduling_kept():  # the first frame opens the encoder
+                container.mux(stream.encode(frame))
             count += 1
         if stream is None:
             raise DataError(explain(str(path), "at least one frame", "none", "Record before writing a clip."))
