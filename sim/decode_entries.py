@@ -61,6 +61,7 @@ class Entry:
 _BINS, _DISTILLED, _FAST = "greedy bins", "greedy distilled", "greedy FAST"
 # Reuse of a policy that is asked all the time (--execute 1), without pruning: what costs little, what saves most.
 _OFTEN, _EAGER = ("score", "flashvla_often"), ("score", "flashvla_eager")
+_ONCE = ("score", "flashvla_once")  # for bins, whose later actions are worse
 
 
 def _capped(passes: int, window: int = 0, *more: str) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ _LISTED = (
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),
     Entry("jacobi bins, warm, pruned, reused", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla", "flashvla"),
+    Entry("jacobi bins, warm, once reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_ONCE),
     Entry("jacobi bins, warm, often reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_OFTEN),
     Entry("jacobi bins, warm, eagerly reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_EAGER),
     Entry(_DISTILLED, "autoregressive", ("head=distilled",)),
