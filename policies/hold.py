@@ -15,17 +15,21 @@ from vla.types import ActionChunk, Observation
 class HoldPolicy:
     """Zero motion; the gripper stays as it is. The baseline that must score 0 %, and a safe stand-in for a policy.
 
-    For joint_position actions the state must hold a value for every action name; for deltas zero is "no change". The
-    gripper entry of `ee_delta` is a goal, not a change: it repeats `gripper` (default: open).
+    For joint_position actions the state must hold a position for each: of its name, or of the joint in its place (the
+    Panda's action `gripper` moves panda_finger_joint1). For deltas zero is "no change"; the gripper entry of `ee_delta`
+    is a goal, not a change: it repeats `gripper` (default: open).
     """
 
     def __init__(self, embodiment: Embodiment, horizon: int = 8, gripper: float | None = None) -> None:
+        self._held: list[int] = []  # of each action, its place in the state
         if embodiment.action_space == "joint_position":
-            missing = [name for name in embodiment.action_names if name not in embodiment.state_names]
-            if missing:
-                raise ConfigError(
-                    explain("state_names", "every action name", f"without {missing}", "Holding needs the positions.")
-                )
+            names, known = [], embodiment.state_names
+            for action, joint in zip(embodiment.action_names, embodiment.joints):
+                names.append(action if action in known else joint.name)
+            if missing := [name for name in names if name not in known]:
+                remedy = "Holding needs the positions: name the joints among state_names."
+                raise ConfigError(explain("state_names", "the position of every action", f"without {missing}", remedy))
+            self._held = [known.index(name) for name in names]
         self._embodiment, self._horizon = embodiment, horizon
         self._action = np.zeros(embodiment.action_dim, np.float32)
         if embodiment.action_space == "ee_delta" and "gripper" in embodiment.action_names:
@@ -49,8 +53,7 @@ class HoldPolicy:
     def _hold(self, observation: Observation, context: InferContext) -> InferResult:
         action = self._action
         if self._embodiment.action_space == "joint_position":
-            index = [self._embodiment.state_names.index(name) for name in self._embodiment.action_names]
-            action = np.asarray(observation.state, np.float32)[index]
+            action = np.asarray(observation.state, np.float32)[self._held]
         actions = np.tile(action, (self._horizon, 1))
         return InferResult(ActionChunk(actions, context.start_ns, self._embodiment.period_s))
 

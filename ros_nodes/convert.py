@@ -20,7 +20,7 @@ from ros_nodes.bag import Bag
 from ros_nodes.episodes import Body, Samples, Skip, samples, spans
 from ros_nodes.recording import Recording
 from vla.data.lerobot import IMAGE_PREFIX
-from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
+from vla.data.lerobot_writer import DatasetSpec, merge, write_shard
 from vla.data.resample import Rules
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, VlaError, explain
@@ -87,13 +87,7 @@ def spec_of(robot: Embodiment, settings: Settings) -> DatasetSpec:
                 "A LeRobotDataset has whole frames per second.",
             )
         )
-    features: dict[str, Feature] = {
-        f"{IMAGE_PREFIX}{camera.name}": Feature("video", (camera.height, camera.width, 3), tuple(IMAGE_NAMES))
-        for camera in robot.cameras
-    }
-    features["observation.state"] = Feature("float32", (robot.state_dim,), robot.state_names)
-    features["action"] = Feature("float32", (robot.action_dim,), robot.action_names)
-    return DatasetSpec(round(robot.rate_hz), features, robot.name, settings.codec)
+    return DatasetSpec.of(robot, settings.codec)
 
 
 def convert(

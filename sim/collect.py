@@ -24,8 +24,7 @@ from sim.control import make_expert
 from sim.demonstrate import Noise, run_expert
 from sim.environment import EVAL_SEED_START, make
 from sim.workers import end_with_parent
-from vla.data.lerobot import IMAGE_PREFIX
-from vla.data.lerobot_writer import IMAGE_NAMES, DatasetSpec, Feature, merge, write_shard
+from vla.data.lerobot_writer import DatasetSpec, Feature, merge, write_shard
 from vla.embodiment import Embodiment
 from vla.errors import ConfigError, DataError, VlaError, explain, nearest
 from vla.files import exclusive, write_text
@@ -95,14 +94,7 @@ class CollectReport:
 
 def spec_of(embodiment: Embodiment, codec: str) -> DatasetSpec:
     """The features that demonstrations of this embodiment have."""
-    features: dict[str, Feature] = {
-        f"{IMAGE_PREFIX}{camera.name}": Feature("video", (camera.height, camera.width, 3), tuple(IMAGE_NAMES))
-        for camera in embodiment.cameras
-    }
-    features["observation.state"] = Feature("float32", (embodiment.state_dim,), embodiment.state_names)
-    features["action"] = Feature("float32", (embodiment.action_dim,), embodiment.action_names)
-    features["perturbed"] = Feature("bool", (1,))
-    return DatasetSpec(round(embodiment.rate_hz), features, embodiment.name, codec)
+    return DatasetSpec.of(embodiment, codec, perturbed=Feature("bool", (1,)))
 
 
 # ---- worker processes ----

@@ -65,7 +65,8 @@ def describe(thing: Any) -> dict[str, Any]:
 def build(config: Mapping[str, Any], where: str = "config") -> Any:
     """Call what `_target_` names with the other keys.
 
-    Nested mappings are built first when they have a `_target_` of their own, or when the parameter is a dataclass.
+    Nested mappings are built first when they have a `_target_` of their own, or when the parameter is a dataclass, or a
+    tuple of one.
     Raises ConfigError for an argument that the constructor does not take (nearest name offered), that is missing, or
     that is not of the type annotated (see `check_arguments`). Lists given for tuple parameters become tuples.
     """
@@ -82,7 +83,13 @@ def _construct(target: Any, arguments: Mapping[str, Any], where: str) -> Any:
         if isinstance(item, Mapping) and dataclasses.is_dataclass(kind):
             item = _construct(kind, item, f"{where}.{key}")
         elif isinstance(item, list) and (kind is tuple or typing.get_origin(kind) is tuple):
-            item = tuple(item)
+            element = next(iter(typing.get_args(kind)), None)
+            item = tuple(
+                _construct(element, each, f"{where}.{key}[{place}]")
+                if isinstance(each, Mapping) and dataclasses.is_dataclass(element)
+                else each
+                for place, each in enumerate(item)
+            )
         built[key] = item
     return target(**built)
 

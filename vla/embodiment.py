@@ -205,6 +205,14 @@ class Embodiment:
         """Which actions are grippers, by their names."""
         return tuple(place for place, name in enumerate(self.action_names) if "gripper" in name)
 
+    def gripper_sides(self, actions: np.ndarray) -> np.ndarray:
+        """bool[..., G]: whether each gripper action of float[..., A] is above its middle, which is 0, or for joint
+        positions that of the joint in the same place, whatever the action is called."""
+        places = list(self.grippers)
+        absolute = self.action_space == "joint_position"
+        middle = [(self.joints[i].lower + self.joints[i].upper) / 2 if absolute else 0.0 for i in places]
+        return np.asarray(np.asarray(actions)[..., places] > np.array(middle))
+
     @property
     def state_dim(self) -> int:
         return len(self.state_names)

@@ -49,7 +49,7 @@ def test_absolute_goals_have_the_direction_of_their_way() -> None:
     """Two poses nearly the same, reached from opposite sides: as vectors their angle is small."""
     robot = Embodiment(
         "toy", 20, "joint_position", ("a", "b", "gripper"), ("rad", "rad", "m"), ("a", "b", "gripper"), "none", 1,
-        ControlMode.JOINT_POSITION, (), (Joint("gripper", 0.0, 0.08, 1, 1),),
+        ControlMode.JOINT_POSITION, (), (*(Joint(n, -2, 2, 1, 1) for n in "ab"), Joint("finger", 0.0, 0.08, 1, 1)),
     )  # fmt: skip
     there = np.linspace((1.0, 1.0, 0.03), (1.1, 1.0, 0.05), 8)
     one, other = (Forward.of(actions, TOKENS, robot) for actions in (there, there[::-1]))

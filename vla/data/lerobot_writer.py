@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla.data import video
+from vla.data.lerobot import IMAGE_PREFIX
 from vla.data.statistics import image_histogram, stats_from_histogram, stats_of
+from vla.embodiment import Embodiment
 from vla.errors import DataError, explain
 from vla.files import replacing
 
@@ -40,7 +42,7 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
-IMAGE_NAMES = ["height", "width", "channels"]
+IMAGE_NAMES = ("height", "width", "channels")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class DatasetSpec:
     data_file_mb: float = 100
     video_file_mb: float = 200
     chunk_files: int = 1000
+
+    @classmethod
+    def of(cls, robot: Embodiment, codec: str = "h264", **more: Feature) -> DatasetSpec:
+        """What demonstrations of a robot have: its cameras, its state, its actions, and `more`."""
+        features = {
+            f"{IMAGE_PREFIX}{camera.name}": Feature("video", (camera.height, camera.width, 3), IMAGE_NAMES)
+            for camera in robot.cameras
+        }
+        features["observation.state"] = Feature("float32", (robot.state_dim,), robot.state_names)
+        features["action"] = Feature("float32", (robot.action_dim,), robot.action_names)
+        return cls(round(robot.rate_hz), features | more, robot.name, codec)
 
     @property
     def cameras(self) -> tuple[str, ...]:

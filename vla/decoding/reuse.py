@@ -44,9 +44,7 @@ class Forward:
         grippers, absolute = list(embodiment.grippers), embodiment.action_space == "joint_position"
         moves = np.delete(np.asarray(actions, np.float64), grippers, axis=1)
         motion = (moves[-1] - moves[0]) / max(1, len(moves) - 1) if absolute else moves.mean(axis=0)
-        centres = {joint.name: (joint.lower + joint.upper) / 2 for joint in embodiment.joints} if absolute else {}
-        middle = np.array([centres.get(name, 0.0) for name in embodiment.action_names])
-        return cls(motion, (actions > middle)[:, grippers], np.asarray(tokens))
+        return cls(motion, embodiment.gripper_sides(actions), np.asarray(tokens))
 
 
 def angle_deg(before: Forward, last: Forward) -> float | None:

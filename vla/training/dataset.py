@@ -71,7 +71,7 @@ class TrainingData:
         self.use_normalizers(
             Normalizer.from_stats(dataset.stats["observation.state"]), Normalizer.from_stats(dataset.stats["action"])
         )
-        every = max(2, round(1 / val_fraction))
+        every = max(2, min(round(1 / val_fraction), len(dataset.episodes)))  # of a handful, one
         frames = np.arange(len(dataset))
         validates = np.asarray(dataset.episode_of) % every == every - 1
         clean = self.windows.undisturbed(frames, min(settle, horizon)).all(axis=1)
@@ -159,17 +159,14 @@ class TrainingData:
         return np.where(ahead[..., None], self._look_targets[episodes], np.float32(np.nan))
 
     def _next_keyframe(self) -> np.ndarray:
-        """int64[N]: the row where the gripper next changes its command, or the last row of the episode."""
+        """int64[N]: the row where a gripper next changes its command, or the last row of the episode."""
         rows = np.empty(len(self.dataset), np.int64)
-        gripper = self.embodiment.action_names.index("gripper") if "gripper" in self.embodiment.action_names else None
-        actions = np.asarray(self.dataset.column("action"), np.float32)
+        sides = self.embodiment.gripper_sides(np.asarray(self.dataset.column("action"), np.float32))
         for episode in self.dataset.episodes:
             span = np.arange(episode.start, episode.stop)
             ends = np.zeros(len(span), bool)
             ends[-1] = True
-            if gripper is not None:
-                sign = np.sign(actions[span, gripper])
-                ends[:-1] |= sign[1:] != sign[:-1]
+            ends[:-1] |= (sides[span[1:]] != sides[span[:-1]]).any(axis=1)
             stops = span[ends]
             rows[span] = stops[np.searchsorted(stops, span)]
         return rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from vla.models.vision import CameraEncoderConfig
 class ModelRecipe:
     """The part of ModelConfig that a person chooses; the rest follows from the data.
 
-    transformer: with the backbone as its only expert; heads bring theirs. horizon: T. text_length: L, longest
-    instruction in tokens. auxiliary weights: keyframe (state at the next gripper change) and chunk (the whole
-    normalised chunk), read off the state token, and look (the states at the episode's first gripper changes), read off
-    the points of the first camera if it has any; they teach the backbone where to look and are not used when acting.
-    text_queries: see ModelConfig. registers: how many tokens replace the visual ones after register_layer layers
-    (Victor, see vla.models.pruning); 0 for visual tokens in every layer.
+    cameras: encoders by camera, see `encoders`. transformer: with the backbone as its only expert; heads bring theirs.
+    horizon: T. text_length: L, longest instruction in tokens. auxiliary weights: keyframe (state at the next gripper
+    change) and chunk (the whole normalised chunk), read off the state token, and look (the states at the episode's
+    first gripper changes), read off the points of the first camera if it has any; they teach the backbone where to look
+    and are not used when acting. text_queries: see ModelConfig. registers: how many tokens replace the visual ones
+    after register_layer layers (Victor, see vla.models.pruning); 0 for visual tokens in every layer.
     """
 
     cameras: tuple[CameraEncoderConfig, ...]
@@ -37,6 +37,18 @@ class ModelRecipe:
     text_queries: int = 6
     registers: int = 0
     register_layer: int = 2
+
+    def encoders(self, cameras: Sequence[str]) -> tuple[CameraEncoderConfig, ...]:
+        """For a data set with `cameras`: the recipe's own if all of them are there. Else every camera has one, its own
+        where the recipe names it. The recipe's first encoder, whose points look for what the words name, goes to the
+        first camera without one if its own is not there; its last one to the others."""
+        known = {camera.name: camera for camera in self.cameras}
+        if set(known) <= set(cameras):
+            return self.cameras
+        others = [name for name in cameras if name not in known]
+        lead = self.cameras[0].name if self.cameras[0].name in cameras else (others or cameras)[0]
+        made = {name: replace(self.cameras[0 if name == lead else -1], name=name) for name in others}
+        return tuple((known | made)[name] for name in (lead, *(name for name in cameras if name != lead)))
 
 
 @dataclass(frozen=True)

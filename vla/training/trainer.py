@@ -75,7 +75,8 @@ class Trainer:
             for name, head in config.heads.items()
             if head.tokenizer is not None
         }
-        sizes = {camera.name: (camera.size, camera.size) for camera in recipe.cameras}
+        self.cameras = recipe.encoders(dataset.cameras)
+        sizes = {camera.name: (camera.size, camera.size) for camera in self.cameras}
         self.data.prepare(
             self.tokenizers, self.text_tokenizer, sizes,
             lambda done, total: self._log({"event": "frames", "done": done, "total": total}),
@@ -177,10 +178,10 @@ class Trainer:
                 if other.vocab:
                     self.tokenizers[other.name] = start.action_tokenizers[other.name]
         return ModelConfig(
-            recipe.cameras, replace(recipe.transformer, experts=tuple(experts)), embodiment.state_dim,
+            self.cameras, replace(recipe.transformer, experts=tuple(experts)), embodiment.state_dim,
             embodiment.action_dim, recipe.horizon,
             self.text_tokenizer.vocab_size, recipe.text_length, (*kept, *heads), auxiliary, recipe.text_queries,
-            LOOKS * embodiment.state_dim if recipe.look_weight and recipe.cameras[0].points else 0,
+            LOOKS * embodiment.state_dim if recipe.look_weight and self.cameras[0].points else 0,
             RegisterConfig(recipe.registers, recipe.register_layer) if recipe.registers else None,
         )  # fmt: skip
 
@@ -429,6 +430,7 @@ class Trainer:
         self._log({
             "event": "start", "resumed": resumed, "step": self.step_number, "steps": config.steps,
             "parameters": sum(p.numel() for p in self.model.parameters()), "frames": len(self.data.train_frames),
+            "validation_frames": len(self.data.val_frames), "cameras": {c.name: c.size for c in self.cameras},
             "tokens": {name: {"mean": mean, "max": most} for name, (mean, most) in self.data.token_counts.items()},
             "device": str(self.device),
         })  # fmt: skip
