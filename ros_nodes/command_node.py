@@ -383,7 +383,7 @@ class CommandCore:
         self._loop.hold(self._watch.act(now))
         command = self._loop.tick(now.stamp_ns, positions, velocities, stamp)
         self._commands += 1
-        effects: list[Effect] = [*self._outputs.of(command.values, self._loop, now)]
+        effects: list[Effect] = [*self._outputs.of(command.values, positions, self._loop, now)]
         decision = self._loop.last[1]
         if decision is not None and decision.reason is not self._last_reason:
             self._last_reason = decision.reason

@@ -1,16 +1,17 @@
 """What the command node sends, as the driver on the other side takes it: one message per output of the embodiment.
 
     positions                std_msgs/Float64MultiArray on TOPIC: the driver holds the last one
-    velocities               the same; only with a stated driver timeout, because a velocity goes on
+    velocities               the same; only with a stated driver timeout, because a velocity goes on. That of the
+                             command, and a little more where the arm has fallen behind it
     trajectory               trajectory_msgs/JointTrajectory: the command, what is planned next, and the stop
     follow_joint_trajectory  the same as goal of control_msgs/action/FollowJointTrajectory
     gripper_command          goal of control_msgs/action/GripperCommand, sent when it changes; without action clients
                              the goal's position on its twin, NAME/commands, with every command
 
 A trajectory carries its own stop: whatever happens to this process, the controller ends at rest. It reaches at most
-`horizon_s` beyond the command, less than any watchdog here, and its last velocities are zero, as Jazzy's joint
-trajectory controller asks for. It starts at its stamp, and its first point lies one period later, where the arm shall
-be when the next trajectory takes its place.
+`horizon_s` beyond the command and begins to brake STOP_S after its stamp, or at the command where control periods are
+longer than that; its last velocities are zero, as Jazzy's joint trajectory controller asks for. It starts at its stamp,
+and its first point lies one period later, where the arm shall be when the next trajectory takes its place.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import numpy as np
 from ros_nodes.messages import Trajectory, Values
 from ros_nodes.node import Endpoint, Goal, Now, Send
 from vla.embodiment import Embodiment, Output
+from vla.runtime.gate import MAX_PERIODS
+from vla.runtime.limits import JointLimits, within_urdf
 from vla.runtime.loop import CommandPath, ControlLoop
-from vla.types import NS_PER_S
+from vla.types import NS_PER_S, ControlMode
 
 ACTION_TYPES = {
     "follow_joint_trajectory": "control_msgs/action/FollowJointTrajectory",
@@ -35,6 +38,9 @@ _TOPIC_TYPES = {
     "trajectory": Trajectory.type_name,
 }
 TWIN = "/commands"  # behind the name of a gripper's action: std_msgs/Float64MultiArray of one position
+STOP_S = 0.15  # after the last command of a node that is gone, the arm brakes
+_CATCH_UP_PER_S = 1.0  # of the way that a joint driven by velocities is behind its command
+_CATCH_UP_SHARE = 0.1  # of its limit, at most
 _GRIPPER_STEP = 0.02  # of its range: a new goal for less would only restart the driver's motion
 
 
@@ -49,14 +55,18 @@ class Outputs:
         self._robot, self._has_actions = robot, actions
         grippers = [sink.topic + TWIN for sink in robot.sinks if sink.kind == "gripper_command"]
         self.twins: tuple[str, ...] = () if actions else tuple(grippers)
-        self._horizon = int(horizon_s * robot.rate_hz + 1e-9)
+        self._horizon = max(0, int(min(horizon_s, STOP_S - robot.period_s) * robot.rate_hz + 1e-9))
         self._sinks: list[tuple[Output, np.ndarray, tuple[str, ...]]] = []
         for sink in robot.sinks:
             names = sink.joints or robot.command_names
             places = np.array([robot.command_names.index(name) for name in names])
             self._sinks.append((sink, places, sink.names or names))
         self._planned = any("trajectory" in sink.kind for sink in robot.sinks)
+        self._drives = any(sink.kind == "velocities" for sink in robot.sinks)
+        joints = self._drives and robot.control_mode is not ControlMode.OSC_DELTA
+        self._limits = JointLimits.of(within_urdf(robot)) if joints else None
         self._grips: dict[str, float] = {}
+        self._driven, self._driven_ns = np.zeros(len(robot.command_names)), 0  # the last velocities sent, and when
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -74,15 +84,18 @@ class Outputs:
         """Names of the actions that move the arm: it stops where they are not followed."""
         return frozenset(sink.topic for sink, _, _ in self._sinks if sink.kind == "follow_joint_trajectory")
 
-    def of(self, values: np.ndarray, loop: ControlLoop, now: Now) -> list[Send | Goal]:
-        """What to send for the command `values` float64[D] that the loop has just decided."""
+    def of(self, values: np.ndarray, positions: np.ndarray | None, loop: ControlLoop, now: Now) -> list[Send | Goal]:
+        """What to send for the command `values` float64[D] that the loop has just decided. positions: float64[D] as
+        measured, None if they are not known."""
         path = loop.command_path(self._horizon) if self._planned else None
+        velocities = self._velocities(loop, positions, now) if self._drives else None
         out: list[Send | Goal] = []
         for sink, places, names in self._sinks:
             if sink.kind == "positions":
                 out.append(Send(sink.topic, Values(values[places])))
             elif sink.kind == "velocities":
-                out.append(Send(sink.topic, Values(loop.gate.velocity[places])))
+                assert velocities is not None
+                out.append(Send(sink.topic, Values(velocities[places])))
             elif sink.kind == "gripper_command":
                 out += self._grip(sink, float(values[places[0]]), int(places[0]))
             else:
@@ -93,6 +106,23 @@ class Outputs:
                 else:
                     out.append(Goal(sink.topic, ACTION_TYPES[sink.kind], trajectory))
         return out
+
+    def _velocities(self, loop: ControlLoop, positions: np.ndarray | None, now: Now) -> np.ndarray:
+        """float64[D]. A velocity has no place: an arm that follows 95 % of it would be further off with every second.
+        Within the limits of velocity and acceleration, as whatever the gate says is; zero at rest."""
+        gate, limits, period_s = loop.gate, self._limits, self._robot.period_s
+        wanted, elapsed_s = gate.velocity, (now.steady_ns - self._driven_ns) / NS_PER_S
+        if limits is None:
+            return wanted
+        if elapsed_s > MAX_PERIODS * period_s:
+            self._driven, elapsed_s = np.zeros(len(wanted)), period_s  # its driver has stopped, as the gate takes it
+        if positions is not None and np.all(np.isfinite(positions)) and not gate.at_rest:
+            most = _CATCH_UP_SHARE * limits.velocity
+            wanted = wanted + np.clip(_CATCH_UP_PER_S * (gate.command - positions), -most, most)
+        change = limits.acceleration * elapsed_s
+        wanted = np.clip(wanted, self._driven - change, self._driven + change)
+        self._driven, self._driven_ns = np.clip(wanted, -limits.velocity, limits.velocity), now.steady_ns
+        return self._driven
 
     def _grip(self, sink: Output, value: float, place: int) -> Sequence[Send | Goal]:
         joint, last = self._robot.joints[place], self._grips.get(sink.topic)

@@ -148,7 +148,7 @@ COMMAND = (
     Setting("output", "text", "", "send all joints as this; nothing is what the robot's file says",
             choices=("", "positions", "velocities", "trajectory", "follow_joint_trajectory")),
     Setting("output_topic", "text", "", "topic or action of `output`; nothing is the robot's command topic"),
-    Setting("driver_timeout", "float", 0.0, "after which the driver stops by itself, for velocities", 0.0, 10.0,
+    Setting("driver_timeout", "float", 0.0, "after which the driver stops by itself, for velocities", 0.0, 0.15,
             unit="s"),
 )  # fmt: skip
 

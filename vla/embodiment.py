@@ -17,6 +17,7 @@ from vla.types import Command, ControlMode
 
 ACTION_SPACES = ("ee_delta", "osc_delta", "joint_position")
 ROTATION_FORMATS = ("axis_angle", "euler_xyz", "quaternion_xyzw", "rotation_6d", "none")
+MOST_TIMEOUT_S = 0.15  # of a velocity driver: when nothing comes any more, the arm brakes as soon as for any fault
 OUTPUT_KINDS = ("positions", "velocities", "trajectory", "follow_joint_trajectory", "gripper_command")
 
 
@@ -152,15 +153,10 @@ class Embodiment:
             key = f"{where}[{output.topic}]"
             if output.kind not in OUTPUT_KINDS:
                 raise ConfigError(f"{key}.kind: {output.kind!r} is unknown. {nearest(output.kind, OUTPUT_KINDS)}")
-            if output.kind == "velocities" and not output.timeout_s > 0:
-                raise ConfigError(
-                    explain(
-                        f"{key}.timeout_s",
-                        "the time after which the driver stops by itself",
-                        output.timeout_s,
-                        "A velocity goes on when this process dies: set the driver's command timeout, and state it.",
-                    )
-                )
+            if output.kind == "velocities" and not self.period_s < output.timeout_s <= MOST_TIMEOUT_S:
+                expected = f"above the period of {self.period_s:g} s, up to {MOST_TIMEOUT_S:g} s"
+                remedy = "A velocity goes on when this process dies: set the driver's command timeout, and state it."
+                raise ConfigError(explain(f"{key}.timeout_s", expected, output.timeout_s, remedy))
             if output.kind == "gripper_command" and len(output.joints) != 1:
                 raise ConfigError(explain(f"{key}.joints", "one joint", list(output.joints), "Name the gripper's."))
         self._check_shares(where, "output", self.outputs)

@@ -16,11 +16,12 @@ from ros_nodes.command_node import CommandCore
 from ros_nodes.node import CONTROL, DIAGNOSTICS, REQUEST, SIM_STATUS, Endpoint
 from ros_nodes.request import Request
 from ros_nodes.wire import Participant
-from tests.ros.driver import MS, PERIOD, ROBOT, Driver
+from tests.ros.driver import MS, PERIOD, ROBOT, T0, Driver
 from vla.embodiment import Embodiment, Output
 from vla.errors import ConfigError
 from vla.resources import load_embodiment
 from vla.runtime.gate import Reason
+from vla.runtime.limits import JointLimits
 
 PANDA = load_embodiment("panda")
 ARM = tuple(name for name in ROBOT.command_names if name != "gripper")
@@ -121,19 +122,82 @@ def test_a_driver_that_does_not_follow_stops_the_arm_until_it_does_again() -> No
     assert driver.status_now()["verdict"] in ("pass", "reshape") and "server" not in driver.diagnosis().message
 
 
-def test_velocities_are_zero_once_the_arm_is_stopped() -> None:
-    names = tuple(f"drive_{name}" for name in ROBOT.command_names)
-    driver = Driver(robot=with_outputs(Output("/velocity", "velocities", ROBOT.command_names, names, timeout_s=0.1)))
+class Driven(Driver):
+    """A Panda that does a share of the velocities it is told, and a policy that swings its first joint; looks: from
+    where it is, else wherever it is."""
+
+    def __init__(self) -> None:
+        self.looks = False
+        self.share, self.told, self.speeds = 1.0, np.zeros(len(PANDA.joints)), list[tuple[int, np.ndarray]]()
+        sink = Output("/velocity", "velocities", PANDA.command_names, timeout_s=0.1)
+        super().__init__(robot=replace(PANDA, command_topic="", outputs=(sink,)))
+
+    def chunk(self, request: Request, actions: Any = None, number: int | None = None) -> None:
+        times = (request.start_ns - T0) / 1e9 + 0.05 * np.arange(1, 17)
+        rows = np.tile(np.float32(self.robot.home), (16, 1))
+        rows[:, 0] = self.positions[0] + 0.3 * (times - times[0]) if self.looks else 0.6 * np.sin(0.8 * times)
+        super().chunk(request, rows if actions is None else actions, number)
+
+    def run(self, milliseconds: int) -> None:
+        for _ in range(milliseconds):
+            count = len(self.sent)
+            super().run(1)
+            for _, sent in self.sent[count:]:
+                if sent.topic == "/velocity":
+                    self.told = sent.message.data
+                    self.speeds.append((self.time_ns, self.told))
+            self.positions = self.positions + self.share * self.told * 1e-3
+
+
+@pytest.fixture
+def driven() -> Driven:
+    driver = Driven()
     driver.run(50)
     driver.begin()
-    for _ in range(1000):  # an arm that follows its velocities
-        driver.run(1)
-        driver.positions = driver.core._loop.gate.command
-    moving = [s.message.data for _, s in driver.sent if s.topic == "/velocity"]
-    assert np.any(moving[-1])
-    driver.give(CONTROL.topic, m.Text.of(op="stop"))
-    driver.run(500)
-    assert not np.any([s.message.data for _, s in driver.sent if s.topic == "/velocity"][-1])
+    driver.run(1500)
+    return driver
+
+
+def test_velocities_are_zero_once_the_arm_is_stopped(driven: Driven) -> None:
+    assert np.any(driven.told)
+    driven.give(CONTROL.topic, m.Text.of(op="stop"))
+    driven.run(500)
+    assert not np.any(driven.told)
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_an_arm_that_follows_velocities_imprecisely_is_brought_back_to_its_path(share: float, driven: Driven) -> None:
+    driven.share = share
+    for _ in range(5):
+        driven.run(1000)
+        assert np.max(np.abs(driven.positions - driven.core._loop.gate.command)) < 0.08
+    at, speeds = np.array([t for t, _ in driven.speeds]) / 1e9, np.array([v for _, v in driven.speeds])
+    limits = JointLimits.of(driven.robot)
+    assert np.all(np.abs(speeds) <= limits.velocity + 1e-9)
+    assert np.all(np.abs(np.diff(speeds, axis=0)) <= limits.acceleration * np.diff(at)[:, None] + 1e-9)
+
+
+def test_an_arm_driven_by_velocities_that_did_not_follow_stays_where_it_stands_and_goes_on(driven: Driven) -> None:
+    """Its driver paused, and follows again at the very moment that it is noticed."""
+
+    def until(condition: Callable[[], bool]) -> None:
+        end = driven.time_ns + 8000 * MS
+        while not condition():
+            assert driven.time_ns < end
+            driven.run(1)
+
+    driven.share = 0.0
+    until(lambda: driven.status_now()["reason"] == Reason.TRACKING.text)
+    driven.looks, driven.share, stood = True, 1.0, driven.positions.copy()
+    until(lambda: not np.any(driven.told))
+    assert np.max(np.abs(driven.positions - stood)) < 0.05, "it brakes, and does not go after its command"
+    driven.run(60)
+    np.testing.assert_allclose(driven.core._loop.gate.command, driven.positions, atol=0.03)
+    driven.run(1000)
+    assert driven.status_now()["verdict"] in ("pass", "reshape")
+    driven.give(CONTROL.topic, m.Text.of(op="stop"))
+    driven.run(500)
+    assert not np.any(driven.told)
 
 
 def test_without_action_clients_the_grippers_goal_is_on_its_twin_with_every_command() -> None:

@@ -55,6 +55,7 @@ class Gate:
     slew_per_s: operational-space control only, change per second of the action values.
     carries_stop: every command is sent with the stop that follows it, so after a gap between ticks the arm stands where
     that stop has brought it, not at the last command. Jerk limits only.
+    driven: joints that are sent as velocities, without a place of their own: at rest their command is where they are.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Gate:
         max_tracking_error: float = 0.2,
         slew_per_s: float = 20.0,
         carries_stop: bool = False,
+        driven: tuple[int, ...] = (),
     ) -> None:
         self.embodiment = embodiment
         self._osc = embodiment.control_mode is ControlMode.OSC_DELTA
@@ -95,7 +97,7 @@ class Gate:
         self._action_ns = round((2 * period_s if max_action_age_s is None else max_action_age_s) * NS_PER_S)
         self._max_tracking_error = max_tracking_error
         self._slew_per_s = slew_per_s
-        self._carries_stop = carries_stop
+        self._carries_stop, self._driven = carries_stop, list(driven)
         jerky = self._limits is not None and self._limits.jerk is not None
         self._motion = JerkMotion(self._limits, period_s) if jerky and self._limits is not None else None
         self._now_ns: int | None = None
@@ -231,6 +233,7 @@ class Gate:
                 self._follow_any(self._back_to, dt)
             else:
                 self._stop(dt)
+                self._settle(found, positions)
             return Decision(Verdict.STOP, reason or Reason.NO_ACTION, self._command.copy())
         reason = self._follow_any(target, dt)
         if reason is Reason.KINEMATICS:
@@ -272,6 +275,11 @@ class Gate:
         if self._back_to is None and stands and found is Reason.TRACKING and positions is not None:
             self._back_to = np.where(self._is_gripper, self._command, positions)
         return self._back_to is not None
+
+    def _settle(self, found: Reason, positions: np.ndarray | None) -> None:
+        if self._driven and positions is not None and found is not Reason.JOINT_STATE_INVALID and self.at_rest:
+            self._command = np.where(np.isin(np.arange(len(positions)), self._driven), positions, self._command)
+            self._rest()
 
     def _action_fault(self, now_ns: int, target: np.ndarray | None, due_ns: int) -> Reason:
         if target is None:

@@ -253,16 +253,19 @@ def control_loop(
     if embodiment.control_mode is ControlMode.OSC_DELTA:
         return ControlLoop(embodiment, scheduler, Gate(embodiment), trace=trace)
     embodiment = within_urdf(embodiment)
-    carries_stop = all("trajectory" in sink.kind for sink in embodiment.sinks if sink.kind != "gripper_command")
+    names = embodiment.command_names
+    driven = [name for sink in embodiment.sinks if sink.kind == "velocities" for name in sink.joints or names]
+    gated = dict[str, Any](
+        carries_stop=all("trajectory" in sink.kind for sink in embodiment.sinks if sink.kind != "gripper_command"),
+        driven=tuple(map(names.index, driven)),
+        max_tracking_error=max_tracking_error,
+    )
     if embodiment.action_space == "joint_position" and not embodiment.robot_model:
-        gate = Gate(embodiment, carries_stop=carries_stop, max_tracking_error=max_tracking_error)
-        return ControlLoop(embodiment, scheduler, gate, trace=trace)
+        return ControlLoop(embodiment, scheduler, Gate(embodiment, **gated), trace=trace)
     from vla.runtime.kinematics import Kinematics  # mujoco and mink load only where something has to be solved
 
     kinematics = Kinematics(embodiment)
-    gate = Gate(
-        embodiment, lambda q: kinematics.forward(q)[0], carries_stop=carries_stop, max_tracking_error=max_tracking_error
-    )
+    gate = Gate(embodiment, lambda q: kinematics.forward(q)[0], **gated)
     return ControlLoop(embodiment, scheduler, gate, kinematics, trace)
 
 
