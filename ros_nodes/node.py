@@ -92,8 +92,9 @@ SILENCE_NS = 120_000_000
 IDLE_BEATS = 3  # heartbeats in a row that say "nothing to do" while a request is open: it, or its answer, was lost
 
 
-# Keys of the heartbeat's values, each before a camera's name: stamp of its newest picture, and a fingerprint of it.
-STAMP_KEY, PICTURE_KEY = "stamp_ns/", "picture/"
+# Keys of the heartbeat's values, each before a camera's name: stamp and fingerprint of its newest picture, and the
+# usual distance of its stamps.
+STAMP_KEY, PICTURE_KEY, SPACING_KEY = "stamp_ns/", "picture/", "spacing_ns/"
 
 
 # ---- time and effects ----

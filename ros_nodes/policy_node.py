@@ -45,6 +45,7 @@ from ros_nodes.node import (
     INSTRUCTION,
     PICTURE_KEY,
     REQUEST,
+    SPACING_KEY,
     STAMP_KEY,
     Effects,
     Job,
@@ -347,6 +348,8 @@ class PolicyCore:
             if frames:
                 stamp_ns, picture = frames[-1]
                 numbers[STAMP_KEY + name] = str(stamp_ns)
+                if len(frames) >= _FRAMES_KEPT // 2:
+                    numbers[SPACING_KEY + name] = str(int(np.median(np.diff([at for at, _ in frames]))))
                 content = picture.data if isinstance(picture, CompressedImage) else picture.rgb()[::8, ::8].tobytes()
                 numbers[PICTURE_KEY + name] = f"{zlib.crc32(content):08x}"
         return numbers

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
 from ros_nodes.joints import JointTopic, joint_topics, merged
 from ros_nodes.messages import JointState, Status
-from ros_nodes.node import EMERGENCY_STOP, HEARTBEAT_PERIOD_NS, PICTURE_KEY, SILENCE_NS, STAMP_KEY, Endpoint, Now
+from ros_nodes.node import (
+    EMERGENCY_STOP,
+    HEARTBEAT_PERIOD_NS,
+    PICTURE_KEY,
+    SILENCE_NS,
+    SPACING_KEY,
+    STAMP_KEY,
+    Endpoint,
+    Now,
+)
 from vla.embodiment import Embodiment
 from vla.errors import TransportError, explain
 from vla.runtime.gate import Reason
@@ -29,25 +37,19 @@ UNIT_REACH = 1.0  # rad or m beyond the limits, or the range once more: further 
 LATE_PERIODS = 2  # a camera that is slow by itself, or on a busy machine, may be late by so many of its own periods
 _MOST_LATE_NS = 400_000_000
 _STAMP = re.compile(r"-?[0-9]{1,19}")
-_TOLD_KEPT = 12
 FROZEN_TRAVEL = 0.05  # rad or m: after that much motion of one joint, a camera's picture must have changed
 
 
 @dataclass(frozen=True)
 class _Camera:
-    """What the policy last said of a camera: stamp and fingerprint of its newest picture. first_ns, joints: stamp and
-    measured joints float64[D] when that fingerprint was new. told: the newest of the stamps before, oldest first."""
+    """What the policy last said of a camera: stamp and fingerprint of its newest picture, and the usual distance of its
+    stamps, 0 while not known. first_ns, joints: stamp and measured joints float64[D] when that fingerprint was new."""
 
     stamp_ns: int
     picture: str
     first_ns: int
     joints: np.ndarray | None
-    told: tuple[int, ...] = ()
-
-    @cached_property
-    def period_ns(self) -> float:
-        """Usual distance of the stamps, 0 while not known."""
-        return float(np.median(np.diff(self.told))) if len(self.told) > _TOLD_KEPT // 2 else 0.0
+    period_ns: int = 0
 
 
 class _Source:
@@ -204,21 +206,20 @@ class Watch:
         self._speaker = number
 
     def pictures(self, heartbeat: Status, now: Now) -> None:
-        """Stamp and fingerprint of each camera's newest picture, if the policy tells them."""
+        """Stamp, fingerprint and period of each camera's newest picture, if the policy tells them."""
         self._told_ns = now.stamp_ns - (now.steady_ns - now.received_ns)
         for name in self._camera_names:
             stamp, picture = heartbeat.values.get(STAMP_KEY + name), heartbeat.values.get(PICTURE_KEY + name, "")
             if stamp is None or not _STAMP.fullmatch(stamp):
                 continue
-            stamp_ns, known = int(stamp), self._cameras.get(name)
-            told = () if known is None else known.told
-            if known is None or stamp_ns != known.stamp_ns:
-                told = (*told, stamp_ns)[-_TOLD_KEPT:]
+            known, period = self._cameras.get(name), heartbeat.values.get(SPACING_KEY + name, "")
+            period_ns = int(period) if _STAMP.fullmatch(period) else 0
+            period_ns = period_ns if period_ns > 0 else 0 if known is None else known.period_ns
             if known is not None and picture == known.picture:
-                self._cameras[name] = replace(known, stamp_ns=stamp_ns, told=told)
+                self._cameras[name] = replace(known, stamp_ns=int(stamp), period_ns=period_ns)
             else:
                 joints = self.joints
-                self._cameras[name] = _Camera(stamp_ns, picture, stamp_ns, joints and joints[1], told)
+                self._cameras[name] = _Camera(int(stamp), picture, int(stamp), joints and joints[1], period_ns)
 
     # ---- driver ----
     def driver(self, action: str, refusal: str, now: Now) -> None:

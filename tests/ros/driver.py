@@ -18,6 +18,7 @@ from ros_nodes.node import (
     PICTURE_KEY,
     REQUEST,
     SIM_STATUS,
+    SPACING_KEY,
     STAMP_KEY,
     Effects,
     Goal,
@@ -48,6 +49,7 @@ class Driver:
         self.sent: list[tuple[int, Send]] = []
         self.goals: list[Goal] = []
         self.beat: dict[str, str] | None = {}  # more of what the heartbeat says; None: cameras at the control rate
+        self.camera_ns = PERIOD
         self.policy_alive = self.joints_alive = True
         self.answer_after_ns = 20 * MS
         self.number = 0
@@ -131,12 +133,12 @@ class Driver:
         return m.JointState(T0 + self.time_ns + self.jump_ns, names, positions, np.zeros(len(names)))
 
     def pictures(self) -> dict[str, str]:
-        """What the policy says of its cameras; they take a picture at the start of each control period."""
+        """What the policy says of its cameras, which take a picture every camera_ns."""
         if self.beat is not None:
             return self.beat
-        stamp = T0 + self.jump_ns + self.time_ns // PERIOD * PERIOD
-        said = {STAMP_KEY + name: str(stamp) for name in self.robot.camera_names}
-        return said | {PICTURE_KEY + name: str(stamp) for name in self.robot.camera_names}
+        stamp = str(T0 + self.jump_ns + self.time_ns // self.camera_ns * self.camera_ns)
+        told = {STAMP_KEY: stamp, PICTURE_KEY: stamp, SPACING_KEY: str(self.camera_ns)}
+        return {key + name: value for name in self.robot.camera_names for key, value in told.items()}
 
     def commands(self, since_ns: int = 0) -> list[tuple[int, np.ndarray]]:
         return [(t, s.message.data) for t, s in self.sent if s.topic == ROBOT.command_topic and t > since_ns]

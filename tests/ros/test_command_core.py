@@ -358,6 +358,21 @@ def test_a_camera_that_is_lost_stops_the_arm(fault: str) -> None:
     assert driver.status()["verdict"] in ("pass", "reshape")
 
 
+@pytest.mark.parametrize("hz", [60, 30, 25, 20, 15])
+def test_braking_begins_within_150_ms_of_the_picture_that_did_not_come(hz: int) -> None:
+    """At any rate of the camera, and at any time within control periods and heartbeats."""
+    for after_ms in range(1, 51, 7):
+        driver = Driver()
+        driver.beat, driver.camera_ns = None, round(1e9 / hz)
+        driver.moving()
+        driver.run(after_ms)
+        driver.beat = driver.pictures()
+        due_ns = int(driver.beat[STAMP_KEY + "wrist"]) + driver.camera_ns
+        driver.run(300)
+        stop = driver.core.summary()["stops"][-1]
+        assert stop["reason"] == Reason.CAMERA.text and 130 * MS < stop["stamp_ns"] - due_ns <= 150 * MS
+
+
 def test_a_policy_that_falls_silent_is_no_camera_fault() -> None:
     driver = Driver()
     driver.beat = None

@@ -489,3 +489,13 @@ def test_requests_survive_the_wire_exactly() -> None:
     ):
         with pytest.raises(TransportError, match="chunk frame_id"):
             ChunkId.read(text)
+
+
+def test_the_heartbeat_tells_how_often_pictures_come() -> None:
+    driver = Driver().ready()
+    for number in range(1, 9):
+        driver.frame(AGENT, number * 33_333_333 + 40_000_000 * (number == 5))  # one is late
+        driver.frame(WRIST, number * 50_000_000)
+    told = driver.core.status(driver.now()).values
+    assert abs(int(told["spacing_ns/agentview"]) - 33_333_333) < 10 and told["spacing_ns/wrist"] == "50000000"
+    assert told["stamp_ns/wrist"] == str(T0 + 400_000_000)
