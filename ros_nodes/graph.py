@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,7 @@ class Graph:
         self._changed = threading.Condition()
         self._seen: dict[str, tuple[int, Message]] = {}  # topic -> (steady time, message)
         self.stop_messages: list[str] = []
+        self._reports: dict[str, Status] = {}
         self._episode = -1
         self._peak_rss = 0
         self._sampler: threading.Thread | None = None
@@ -328,10 +329,12 @@ class Graph:
                     self._on_image(cameras[endpoint.topic], message.stamp_ns, message.rgb())
                 return
             with self._changed:
-                self._seen[endpoint.topic] = (received_ns, message)
                 if isinstance(message, Diagnostics):
                     texts = [s.message for s in message.statuses if s.level > 0]
                     self.stop_messages += [t for t in texts if t not in self.stop_messages][:100]
+                    self._reports |= {s.name: s for s in message.statuses}  # each node tells of itself only
+                    message = replace(message, statuses=tuple(self._reports.values()))
+                self._seen[endpoint.topic] = (received_ns, message)
                 self._changed.notify_all()
 
         self._participant.subscribe(endpoint.topic, endpoint.type_name, endpoint.quality, receive)

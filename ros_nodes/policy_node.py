@@ -31,6 +31,7 @@ from ros_nodes.messages import (
     OK,
     WARN,
     CompressedImage,
+    Diagnostics,
     Image,
     JointState,
     Message,
@@ -40,6 +41,8 @@ from ros_nodes.messages import (
 )
 from ros_nodes.node import (
     CHUNK,
+    CONTROL_STATUS,
+    DIAGNOSTICS,
     HEARTBEAT,
     HEARTBEAT_PERIOD_NS,
     INSTRUCTION,
@@ -63,6 +66,8 @@ from vla.policy import InferContext, InferResult, Policy, infer
 from vla.runtime.scheduler import observed_later
 from vla.types import NS_PER_S, ActionChunk, Observation, check_instruction
 
+COMMAND_SILENT_NS = 1_000_000_000
+REPORT_PERIOD_NS = 200_000_000
 _FRAMES_KEPT = 8  # per camera: enough to find one that fits the other cameras
 _STATES_KEPT = 64  # 0.13 s at 500 Hz
 _LATENCIES_KEPT = 20_000
@@ -124,9 +129,11 @@ class PolicyCore:
         pictures = [pictures_of(camera.topic, compressed) for camera in self._robot.cameras]
         self._cameras = {endpoint.topic: camera for endpoint, camera in zip(pictures, self._robot.cameras)}
         self._joints = {topic.topic: topic for topic in joint_topics(self._robot, state is None)}
-        self.subscriptions = (*pictures, *(topic.endpoint for topic in self._joints.values()), INSTRUCTION, REQUEST)
-        self.publications = (CHUNK, HEARTBEAT)
-        self._beat = Periodic(HEARTBEAT_PERIOD_NS)
+        joints = [topic.endpoint for topic in self._joints.values()]
+        self.subscriptions = (*pictures, *joints, INSTRUCTION, REQUEST, replace(CONTROL_STATUS, raw=True))
+        self.publications = (CHUNK, HEARTBEAT, DIAGNOSTICS)
+        self._beat, self._reports = Periodic(HEARTBEAT_PERIOD_NS), Periodic(REPORT_PERIOD_NS)
+        self._commanded_ns: int | None = None  # steady time of the command node's last word, whatever it was
         self._frames: dict[str, deque[tuple[int, Picture]]] = {
             camera.name: deque(maxlen=_FRAMES_KEPT) for camera in self._robot.cameras
         }
@@ -163,6 +170,9 @@ class PolicyCore:
             self._on_image(topic, message)
         elif isinstance(message, JointState):
             self._on_state(topic, message)
+        elif topic == CONTROL_STATUS.topic:
+            self._commanded_ns = now.steady_ns
+            return ()
         elif topic == INSTRUCTION.topic and isinstance(message, Text):
             self._on_instruction(message.data)
         elif topic == REQUEST.topic and isinstance(message, Text):
@@ -315,11 +325,26 @@ class PolicyCore:
     # ---- heartbeat ----
     def tick(self, now: Now) -> Effects:
         self._beat.due(now.steady_ns)
-        if self._running is not None and now.steady_ns - self._running[1] > self._hang_ns:
-            return ()
+        hangs = self._running is not None and now.steady_ns - self._running[1] > self._hang_ns
         if self._waiting is not None and self._running is None and self._instruction:
             self._note_missing(self._waiting, now)
-        return (Send(HEARTBEAT.topic, self.status(now)),)
+        effects = [] if hangs else [Send(HEARTBEAT.topic, self.status(now))]
+        if self._reports.due(now.steady_ns):
+            effects.append(Send(DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (self._report(hangs, now),))))
+        return effects
+
+    def _report(self, hangs: bool, now: Now) -> Status:
+        """What /diagnostics says: the heartbeat, and of whom it cannot tell anything."""
+        status, faults = self.status(now), []
+        if hangs and self._running is not None:
+            faults.append(f"an inference has been running for {(now.steady_ns - self._running[1]) / NS_PER_S:.1f} s")
+        if self._commanded_ns is not None and now.steady_ns - self._commanded_ns > COMMAND_SILENT_NS:
+            silent_s = (now.steady_ns - self._commanded_ns) / NS_PER_S
+            faults.append(f"no word of the command node on {CONTROL_STATUS.topic} for {silent_s:.0f} s")
+        if not faults:
+            return status
+        said = [] if status.level == OK else [status.message]
+        return replace(status, level=ERROR if hangs else max(WARN, status.level), message="; ".join(faults + said))
 
     def _note_missing(self, request: Request, now: Now) -> None:
         """A request that still waits for sensors after max_age_s: the heartbeat says for which."""

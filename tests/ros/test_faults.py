@@ -188,6 +188,7 @@ def test_command_process_lost_in_motion(kind: str, shell: str, tmp_path: Path) -
                     lambda s=spoke: graph.heard_ns(CONTROL_STATUS.topic) > s and in_motion(graph), 40, "motion"
                 )
             assert all(graph.processes[name].poll() is None for name in ("sim", "command", "policy"))
+            assert any("no word of the command node" in text for text in graph.stop_messages), "the policy is left"
             steps = np.diff([q for _, q in bridge.measured], axis=0) / 0.01
             limits = np.array([joint.max_velocity for joint in graph.embodiment.joints])
             assert np.all(np.max(np.abs(steps), axis=0)[:7] <= 1.5 * limits[:7]), "no jump, when it froze or came back"

@@ -19,7 +19,19 @@ from policies.reuse_policy import ReusePolicy
 from policies.vla_policy import VlaPolicy
 from ros_nodes import command_node, policy_node, settings
 from ros_nodes import messages as m
-from ros_nodes.node import CHUNK, HEARTBEAT, INSTRUCTION, JOINT_STATES, REQUEST, Effects, Job, Now, Send
+from ros_nodes.node import (
+    CHUNK,
+    CONTROL_STATUS,
+    DIAGNOSTICS,
+    HEARTBEAT,
+    INSTRUCTION,
+    JOINT_STATES,
+    REQUEST,
+    Effects,
+    Job,
+    Now,
+    Send,
+)
 from ros_nodes.policy_node import PolicyCore
 from ros_nodes.request import CONFIDENCE, MAX_ID_CHARS, ChunkId, Request
 from ros_nodes.shadow import Shadow
@@ -134,7 +146,9 @@ def test_a_request_is_answered_with_the_synchronised_observation() -> None:
 
 def test_it_hears_sensors_words_and_requests_and_nothing_else() -> None:
     core = Driver().core
-    assert {e.topic for e in core.subscriptions} == {AGENT, WRIST, JOINT_STATES.topic, INSTRUCTION.topic, REQUEST.topic}
+    assert {e.topic for e in core.subscriptions} == {
+        AGENT, WRIST, JOINT_STATES.topic, INSTRUCTION.topic, REQUEST.topic, CONTROL_STATUS.topic,
+    }  # fmt: skip
     assert set(vars(Request(0, 0, 0, 0))) == {
         "episode", "seed", "number", "start_ns", "infer_seed", "previous", "previous_start_ns", "executed", "committed",
     }  # fmt: skip
@@ -499,3 +513,38 @@ def test_the_heartbeat_tells_how_often_pictures_come() -> None:
     told = driver.core.status(driver.now()).values
     assert abs(int(told["spacing_ns/agentview"]) - 33_333_333) < 10 and told["spacing_ns/wrist"] == "50000000"
     assert told["stamp_ns/wrist"] == str(T0 + 400_000_000)
+
+
+def report(driver: Driver) -> m.Status:
+    """What the policy says on /diagnostics, 5 times a second, and not more often."""
+    driver.sent.clear()
+    for _ in range(8):
+        driver.time_ns += 50_000_000
+        driver.perform(driver.core.tick(driver.now()))
+    told = [sent.message for sent in driver.sent if sent.topic == DIAGNOSTICS.topic]
+    assert len(told) == 2
+    return told[-1].statuses[0]
+
+
+def test_diagnostics_tell_of_the_policy_and_of_a_command_node_that_is_gone() -> None:
+    driver = Driver()
+    assert report(driver).level == m.WARN and "no instruction yet" in report(driver).message
+    driver.ready()
+    assert report(driver).level == m.OK, "nobody has to be there"
+    driver.give(CONTROL_STATUS.topic, m.Text("whatever it says"))
+    assert report(driver).level == m.OK
+    for _ in range(2):
+        said = report(driver)
+    assert said.level == m.WARN and "no word of the command node on /vla/status for 1 s" in said.message
+    driver.give(CONTROL_STATUS.topic, m.Text("back"))
+    assert report(driver).level == m.OK
+
+
+def test_diagnostics_tell_of_an_inference_that_hangs_while_the_heartbeat_is_silent() -> None:
+    driver = Driver().ready()
+    driver.run_jobs = False
+    driver.ask()
+    report(driver)
+    said = report(driver)
+    assert said.level == m.ERROR and "an inference has been running for 0.7 s" in said.message
+    assert sum(sent.topic == HEARTBEAT.topic for sent in driver.sent) < 3, "silent from half a second on"
