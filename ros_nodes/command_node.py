@@ -44,12 +44,12 @@ from ros_nodes.node import (
     Periodic,
     Send,
 )
-from ros_nodes.outputs import Outputs
+from ros_nodes.outputs import Outputs, sent_as
 from ros_nodes.reports import Faults, Stops
-from ros_nodes.request import ChunkId, Request, whole
+from ros_nodes.request import ChunkId, Request, seconds, whole
 from ros_nodes.watch import Watch
-from vla.embodiment import Embodiment, Output
-from vla.errors import ConfigError, TransportError, VlaError, explain, nearest
+from vla.embodiment import Embodiment
+from vla.errors import TransportError, VlaError, nearest
 from vla.files import write_text
 from vla.policy import InferResult
 from vla.runtime.gate import Reason, Verdict
@@ -235,7 +235,7 @@ class CommandCore:
     def _on_control(self, data: dict[str, Any], now: Now) -> Effects:
         operation = str(data.get("op", ""))
         if operation == "go":
-            limit_ns = round(float(data.get("time_limit_s", 0.0)) * NS_PER_S)
+            limit_ns = round(seconds(data, "time_limit_s") * NS_PER_S)
             after = whole(data, "episode"), whole(data, "seed"), str(data.get("instruction", "")), limit_ns
             if self._brake_first():
                 self._after = after
@@ -478,13 +478,9 @@ def build(options: argparse.Namespace) -> CommandCore:
     changes: dict[str, Any] = {"urdf": options.urdf} if options.urdf else {}
     if options.robot_model:
         changes["robot_model"] = str(Path(options.robot_model).resolve())
-    if options.output:
-        topic = options.output_topic or robot.command_topic
-        if not topic:
-            raise ConfigError(explain("output_topic", "the topic or action to send to", "none", "Name it."))
-        changes["outputs"] = (Output(topic, options.output, timeout_s=options.driver_timeout),)
+    robot = sent_as(replace(robot, **changes), options.output, options.output_topic, options.driver_timeout)
     return build_core(
-        replace(robot, **changes), Path(options.out) if options.out else None, options.execute, options.lead,
+        robot, Path(options.out) if options.out else None, options.execute, options.lead,
         options.sequential, options.slot_wait, 1 << 18 if options.out else 0, options.max_tracking_error,
         deadman=options.deadman,
         estop_required=options.estop_required, camera_timeout_s=options.camera_timeout, actions=options.actions,

@@ -17,12 +17,14 @@ and its first point lies one period later, where the arm shall be when the next 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ros_nodes.messages import Trajectory, Values
 from ros_nodes.node import Endpoint, Goal, Now, Send
 from vla.embodiment import Embodiment, Output
+from vla.errors import ConfigError, explain
 from vla.runtime.gate import MAX_PERIODS
 from vla.runtime.limits import JointLimits, within_urdf
 from vla.runtime.loop import CommandPath, ControlLoop
@@ -42,6 +44,17 @@ STOP_S = 0.15  # after the last command of a node that is gone, the arm brakes
 _CATCH_UP_PER_S = 1.0  # of the way that a joint driven by velocities is behind its command
 _CATCH_UP_SHARE = 0.1  # of its limit, at most
 _GRIPPER_STEP = 0.02  # of its range: a new goal for less would only restart the driver's motion
+
+
+def sent_as(robot: Embodiment, kind: str, topic: str = "", timeout_s: float = 0.0) -> Embodiment:
+    """The robot with all joints sent as `kind` to `topic`, "" for its command topic; as it is with "" for the kind.
+    ConfigError where that cannot be."""
+    if not kind:
+        return robot
+    topic = topic or robot.command_topic
+    if not topic:
+        raise ConfigError(explain("output_topic", "the topic or action to send to", "none", "Name it."))
+    return replace(robot, outputs=(Output(topic, kind, timeout_s=timeout_s),))
 
 
 class Outputs:

@@ -80,13 +80,18 @@ class _OnRobot(PolicyWrapper):
         return self._robot
 
 
-def _on_robot(policy: Policy, robot: Embodiment, name: str) -> Policy:
-    trained = policy.embodiment
+def check_robot(robot: Embodiment, trained: Embodiment, name: str) -> None:
+    """EmbodimentMismatch where a policy that was made for `trained` may not move `robot`. name: of the policy."""
     if found := differences(robot, trained):
         raise EmbodimentMismatch(
             f"robot {robot.name!r} and policy {name!r}: {len(found)} difference(s): {'; '.join(found)}. "
             "Use a policy made for this robot."
         )
+
+
+def _on_robot(policy: Policy, robot: Embodiment, name: str) -> Policy:
+    trained = policy.embodiment
+    check_robot(robot, trained, name)
     pairs = zip(robot.cameras, trained.cameras)
     cameras = tuple(replace(mine, height=theirs.height, width=theirs.width) for mine, theirs in pairs)
     now = replace(robot, cameras=cameras)

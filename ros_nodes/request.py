@@ -92,8 +92,17 @@ def whole(data: dict[str, Any], key: str, prefix: str = "") -> int:
     """data[key] of a JSON object, a 64-bit integer; TransportError for anything else. prefix: of the key in it."""
     value = data.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise TransportError(explain(prefix + key, "a 64-bit integer", repr(value)[:40], "Send every key."))
+        got = repr(value)[:40] if key in data else "nothing"
+        raise TransportError(explain(prefix + key, "a 64-bit integer", got, f"Send {prefix + key}, a whole number."))
     return value
+
+
+def seconds(data: dict[str, Any], key: str) -> float:
+    """data[key] of a JSON object, 0 where it is not; TransportError for what is no time."""
+    value = data.get(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise TransportError(explain(key, "seconds, 0 or more", repr(value)[:40], f"Send a number as {key}, or none."))
+    return float(value)
 
 
 @dataclass(frozen=True)

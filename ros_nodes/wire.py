@@ -85,7 +85,7 @@ def _qos(quality: Quality, user_data: str = "") -> Qos:
     return Qos(*policies)
 
 
-def domain_id(value: int | None = None) -> int:
+def domain_id(value: int | str | None = None) -> int:
     """`value`, else ROS_DOMAIN_ID, else 0. TransportError outside 0..232."""
     key, raw = ("ROS_DOMAIN_ID", os.environ.get("ROS_DOMAIN_ID", "").strip() or "0")
     if value is not None:

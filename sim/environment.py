@@ -112,10 +112,15 @@ ENVIRONMENTS = {
 }
 
 
-def make(name: str, **options: Any) -> Any:
-    """Construct an environment by name. Unknown names offer the nearest one."""
+def check_name(name: str) -> None:
+    """ConfigError for what is no environment, with the nearest name that is."""
     if name not in ENVIRONMENTS:
         raise ConfigError(f"env: unknown environment {name!r}. {nearest(name, ENVIRONMENTS)}")
+
+
+def make(name: str, **options: Any) -> Any:
+    """Construct an environment by name."""
+    check_name(name)
     module, _, attribute = ENVIRONMENTS[name].partition(":")
     constructor = getattr(importlib.import_module(module), attribute)
     return constructor(suite=name, **options) if name.startswith("libero_") else constructor(**options)

@@ -11,7 +11,7 @@ import pytest
 
 from vla.embodiment import Camera, Embodiment, Joint, JointSource, Output
 from vla.errors import ConfigError, EmbodimentMismatch, ObservationError
-from vla.resources import bundle_path, config_dir, embodiment_names, load_embodiment
+from vla.resources import bundle_path, config_dir, embodiment_names, load_embodiment, robot_model
 from vla.runtime.limits import JointLimits
 from vla.types import ActionChunk, ControlMode, Observation, check_instruction
 
@@ -211,3 +211,13 @@ def test_instructions_and_states_that_cannot_be_used() -> None:
             Observation({}, np.zeros(7, np.float32), text, 0).check()
     with pytest.raises(ObservationError, match=r"NaN or infinity at index \[1, 3\]"):
         Observation({}, np.array([0, np.nan, 0, np.inf]), "push", 0).check()
+
+
+def test_a_model_lies_beside_the_users_own_file(tmp_path) -> None:
+    text = (config_dir() / "embodiment" / "panda.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text + "robot_model: arm.urdf\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="robot_model: expected an existing file"):
+        robot_model(load_embodiment(tmp_path / "mine.yaml"))
+    (tmp_path / "arm.urdf").write_text("<robot name='arm'/>")
+    assert robot_model(load_embodiment(tmp_path / "mine.yaml")) == (tmp_path / "arm.urdf").resolve()
+    assert load_embodiment("tabletop").robot_model == "tabletop_arm.xml"

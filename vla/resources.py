@@ -30,7 +30,8 @@ def embodiment_names() -> tuple[str, ...]:
 
 
 def load_embodiment(name: str | Path) -> Embodiment:
-    """Embodiment by shipped name, or from a YAML file of the user's own (anything that ends with .yaml or .yml)."""
+    """Embodiment by shipped name, or from a YAML file of the user's own (anything that ends with .yaml or .yml), whose
+    robot_model may lie beside it."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = config_dir() / "embodiment" / f"{name}.yaml"
@@ -44,6 +45,9 @@ def load_embodiment(name: str | Path) -> Embodiment:
         raise ConfigError(explain(str(path), "valid YAML", str(error), "Correct the file.")) from error
     if not isinstance(data, dict):
         raise ConfigError(explain(str(path), "a mapping of fields", type(data).__name__, "See the shipped examples."))
+    model = path.parent / str(data.get("robot_model") or "")
+    if model.is_file():  # beside a file of the user's own; shipped ones lie in a folder of theirs
+        data["robot_model"] = str(model.resolve())
     return Embodiment.from_dict(data)
 
 

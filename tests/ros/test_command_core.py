@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -473,6 +474,23 @@ def test_a_malformed_episode_or_operation_is_reported(text: str) -> None:
     assert driver.status()["verdict"] in ("pass", "reshape")
     assert "Did you mean 'stop'" in driver.diagnosis().values[CONTROL.topic]
     assert SIM_STATUS.topic in driver.diagnosis().values
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"time_limit_s": "x"}, "time_limit_s: expected seconds, 0 or more, got 'x'"),
+        ({"time_limit_s": -5}, "time_limit_s: expected seconds, 0 or more, got -5"),
+        ({"seed": 1.5}, "seed: expected a 64-bit integer, got 1.5"),
+        ({"seed": None}, "seed: expected a 64-bit integer, got None"),
+    ],
+)
+def test_a_go_that_cannot_be_names_the_key(more: dict[str, Any], message: str) -> None:
+    driver = Driver()
+    driver.run(100)
+    driver.give(CONTROL.topic, m.Text.of(**({"op": "go", "episode": 1, "seed": 1} | more)))
+    driver.run(300)
+    assert message in driver.diagnosis().values[CONTROL.topic] and driver.status_now()["phase"] == "idle"
 
 
 def test_the_trace_and_the_summary_are_saved_on_request_and_at_the_end(tmp_path: Path) -> None:

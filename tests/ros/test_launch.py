@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ros_nodes.wire import Participant
 from vla.cli import launch as cli
 from vla.cli import main
 from vla.errors import ConfigError
+from vla.resources import BUNDLE_MARKER, bundle_path
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -282,7 +284,8 @@ def test_it_runs_until_it_is_told_to_end(number: signal.Signals) -> None:
 
 
 def test_a_node_that_fails_ends_the_launch(tmp_path: Path) -> None:
-    process = launch(free_domain(), "robot", f"bundle:={tmp_path}", "robot:=tabletop")  # a folder, and no bundle
+    shutil.copy(bundle_path("tabletop") / BUNDLE_MARKER, tmp_path)  # without its weights
+    process = launch(free_domain(), "robot", f"bundle:={tmp_path}", "robot:=tabletop")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert str(tmp_path) in errors and "policy ended by itself with code 1" in errors
@@ -294,6 +297,11 @@ def test_a_node_that_fails_ends_the_launch(tmp_path: Path) -> None:
         (("bundle:=nowhere", "robot:=tabletop"), "bundle 'nowhere': no such folder and no shipped bundle"),
         (("bundle:=hold", "robot:=nowhere"), "embodiment: 'nowhere' is unknown"),
         (("bundle:=ws://nowhere:1", "robot:=/nowhere.yaml"), "embodiment: expected a readable file"),
+        (("bundle:=tests", "robot:=tabletop"), "bundle.json: expected a bundle's description"),
+        (("bundle:=tabletop", "robot:=panda"), "robot 'panda' and policy 'tabletop': 7 difference(s)"),
+        (("bundle:=hold", "robot:=panda", "output:=velocities"), "output_topic: expected the topic"),
+        (("bundle:=hold", "robot:=panda", "output:=velocities", "output_topic:=/v"), "timeout_s: expected above"),
+        (("bundle:=hold", "robot:=panda", "domain:=999"), "domain: expected a number in 0..232"),
     ],
 )
 def test_what_is_not_there_is_one_message_and_starts_nothing(
@@ -360,3 +368,12 @@ def test_what_colcon_builds_is_complete(monkeypatch: pytest.MonkeyPatch) -> None
     source = (ROOT / "ros_nodes" / "rclpy_shell.py").read_text()
     for entry in facts["entry_points"]["console_scripts"]:
         assert f"{entry.split(':')[1]}" in source
+
+
+def test_an_environment_that_is_none_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["launch", "sim", "env:=tabeltop"]) == main.EXIT_ERROR
+    assert "Did you mean 'tabletop'" in capsys.readouterr().err
+
+
+def test_what_a_parameter_file_may_say_is_left_to_the_node() -> None:
+    cli.look({"robot": "panda", "bundle": "hold", "output": "velocities", "params_file": "mine.yaml"})

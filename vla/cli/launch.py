@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import time
 from typing import Any
 
 from ros_nodes import launching
-from ros_nodes.policies import is_bundle
+from ros_nodes.outputs import sent_as
+from ros_nodes.policies import check_robot, is_bundle
 from ros_nodes.shell import EXIT_LIMIT_S
-from vla.errors import ConfigError, explain
-from vla.resources import bundle_path, load_embodiment
+from vla.embodiment import Embodiment
+from vla.errors import BundleError, ConfigError, explain
+from vla.resources import BUNDLE_MARKER, bundle_path, load_embodiment
 
 EPILOG = """Arguments are those of `ros2 launch launch/NAME.launch.py`, as name:=value; `vla launch NAME --show-args`
 lists them. Ctrl-C ends all nodes. Exit code: 0 when each ended cleanly, 1 when one did not, 2 when nothing was started,
@@ -77,12 +80,34 @@ def read(launch: launching.Launch, words: list[str]) -> dict[str, str]:
 
 
 def look(values: dict[str, str]) -> None:
-    """Raise what the nodes would, for a robot or a bundle that is not there, before one of them starts."""
-    if robot := values.get("robot"):
-        load_embodiment(robot)
+    """Raise what the nodes would, for a robot, an output, a domain or a bundle that cannot be, before one of them
+    starts."""
+    robot = load_embodiment(values["robot"]) if values.get("robot") else None
+    if robot is not None and not values.get("params_file"):  # which may say the rest
+        kind, topic, timeout_s = (values.get(name, "") for name in ("output", "output_topic", "driver_timeout"))
+        sent_as(robot, kind, topic, float(timeout_s or 0))
     bundle = values.get("bundle", "")
     if bundle and is_bundle(bundle):
-        bundle_path(bundle)
+        trained = _trained_for(bundle)
+        if robot is not None:
+            check_robot(robot, trained, bundle)
+    if env := values.get("env", ""):
+        from sim.environment import check_name  # gymnasium, for one word
+
+        check_name(env)
+    from ros_nodes.wire import domain_id  # last: it needs the wheel
+
+    domain_id(values.get("domain") or None)
+
+
+def _trained_for(bundle: str) -> Embodiment:
+    """Without torch, which takes seconds to import; the node checks the rest."""
+    path = bundle_path(bundle) / BUNDLE_MARKER
+    try:
+        return Embodiment.from_dict(json.loads(path.read_text(encoding="utf-8"))["embodiment"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise BundleError(explain(str(path), "a bundle's description", got, "Copy or train it again.")) from error
 
 
 class Processes:
