@@ -24,7 +24,7 @@ install: $(BASE)
 
 $(VENV)/bin/python:
 	@for candidate in $(PYTHON) $(PYTHONS); do \
-	  if $$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	    echo "environment: $(VENV) with $$($$candidate --version)"; \
 	    $$candidate -m venv $(VENV) 2>/dev/null && exit 0; \
 	    rm -rf $(VENV); \
@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 	    echo "Making $(VENV) failed. Run:  sudo apt-get update && sudo apt-get install -y $$package" >&2; exit 1; \
 	  fi; \
 	done; \
-	echo "Python 3.10, 3.11 or 3.12 is needed; none was found. Name one:  make PYTHON=/path/to/python3.11" >&2; exit 1
+	echo "Python 3.10 to 3.13 is needed; none was found. Name one:  make PYTHON=/path/to/python3.11" >&2; exit 1
 
 # torch first and alone: nothing that is installed later may choose another build of it.
 $(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
