@@ -92,7 +92,6 @@ def publishers(graph: Graph) -> Iterator[dict[Endpoint, Publisher]]:
         begin(graph)
         yield made
     assert all(process.poll() is None for process in graph.processes.values())
-    graph.control("resume")  # some of it may have meant an emergency stop
     goes_on(graph)
     graph.wait_for(lambda: (beat := graph.heartbeat()) is not None and beat.level == m.OK, 5, "a heartbeat that is ok")
 
@@ -106,7 +105,8 @@ def said(graph: Graph) -> str:
 
 def goes_on(graph: Graph) -> None:
     """The next episode is like any other: nobody was restarted."""
-    for _ in range(3):  # the first reset may be among what was left of a flood
+    for _ in range(3):  # the first may be among what was left of a flood
+        graph.control("resume")  # some of it may have meant an emergency stop
         number = graph.begin(1_000_000)
         end = time.monotonic() + 8
         while time.monotonic() < end:
@@ -179,7 +179,6 @@ def test_floods(graph: Graph, publishers: dict[Endpoint, Publisher], together: b
         spoke = graph.heard_ns(CONTROL_STATUS.topic)
         graph.wait_for(lambda s=spoke: graph.heard_ns(CONTROL_STATUS.topic) > s, 5, "a word of the command node")
         if not in_motion(graph):
-            graph.control("resume")
             goes_on(graph)
     (graph.out / "trace.mcap").unlink(missing_ok=True)
     graph.control("save")
