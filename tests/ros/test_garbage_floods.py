@@ -92,7 +92,12 @@ def publishers(graph: Graph) -> Iterator[dict[Endpoint, Publisher]]:
         begin(graph)
         yield made
     assert all(process.poll() is None for process in graph.processes.values())
-    goes_on(graph)
+    with Participant("hand", domain=graph.domain) as hand:  # some of it may have pressed the emergency stop
+        release = hand.publisher(EMERGENCY_STOP.topic, EMERGENCY_STOP.type_name, EMERGENCY_STOP.quality)
+        hand.start()
+        graph.wait_for(lambda: release.readers > 0, 30, "a reader of the emergency stop")
+        release.publish(m.encode(m.Flag(False)))
+        goes_on(graph)
     graph.wait_for(lambda: (beat := graph.heartbeat()) is not None and beat.level == m.OK, 5, "a heartbeat that is ok")
 
 
@@ -106,14 +111,14 @@ def said(graph: Graph) -> str:
 def goes_on(graph: Graph) -> None:
     """The next episode is like any other: nobody was restarted."""
     for _ in range(3):  # the first may be among what was left of a flood
-        graph.control("resume")  # some of it may have meant an emergency stop
+        graph.control("resume")
         number = graph.begin(1_000_000)
         end = time.monotonic() + 8
         while time.monotonic() < end:
             if graph.control_status().get("episode") == number and in_motion(graph):
                 return
             time.sleep(0.05)
-    raise AssertionError((graph.control_status(), graph.heartbeat(), graph.sim_status()))
+    raise AssertionError((said(graph), graph.control_status(), graph.sim_status()))
 
 
 class Forger:
