@@ -165,16 +165,38 @@ def test_velocities_are_zero_once_the_arm_is_stopped(driven: Driven) -> None:
     assert not np.any(driven.told)
 
 
+def within_limits(driven: Driven) -> bool:
+    """The velocities sent, and their changes."""
+    at, speeds = np.array([t for t, _ in driven.speeds]) / 1e9, np.array([v for _, v in driven.speeds])
+    limits, changes = JointLimits.of(driven.robot), np.abs(np.diff(speeds, axis=0))
+    return bool(
+        np.all(np.abs(speeds) <= limits.velocity + 1e-9)
+        and np.all(changes <= limits.acceleration * np.diff(at)[:, None] + 1e-9)
+    )
+
+
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_an_arm_that_follows_velocities_imprecisely_is_brought_back_to_its_path(share: float, driven: Driven) -> None:
     driven.share = share
     for _ in range(5):
         driven.run(1000)
         assert np.max(np.abs(driven.positions - driven.core._loop.gate.command)) < 0.08
-    at, speeds = np.array([t for t, _ in driven.speeds]) / 1e9, np.array([v for _, v in driven.speeds])
-    limits = JointLimits.of(driven.robot)
-    assert np.all(np.abs(speeds) <= limits.velocity + 1e-9)
-    assert np.all(np.abs(np.diff(speeds, axis=0)) <= limits.acceleration * np.diff(at)[:, None] + 1e-9)
+    assert within_limits(driven)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_velocities_stay_within_limits_whatever_happens_and_end_at_zero(seed: int, driven: Driven) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(12):
+        driven.share = float(rng.choice([0.0, 0.7, 1.0, 1.2]))
+        driven.policy_alive, driven.joints_alive = rng.random(2) > 0.2
+        driven.looks = bool(rng.random() < 0.5)
+        driven.run(int(rng.integers(50, 900)))
+        driven.give(CONTROL.topic, m.Text.of(op=str(rng.choice(["stop", "resume", "resume", "resume"]))))
+    driven.share, driven.policy_alive, driven.joints_alive = 1.0, True, True
+    driven.give(CONTROL.topic, m.Text.of(op="stop"))
+    driven.run(500)
+    assert within_limits(driven) and not np.any(driven.told) and len(driven.speeds) > 60
 
 
 def test_an_arm_driven_by_velocities_that_did_not_follow_stays_where_it_stands_and_goes_on(driven: Driven) -> None:
