@@ -4,7 +4,7 @@
 
 VENV    ?= .venv
 BIN     := $(VENV)/bin
-PYTHONS := python3.11 python3.12 python3.10 python3
+PYTHONS := python3.11 python3.12 python3.10 python3.13 python3
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BASE    := $(VENV)/.base-installed
 TEST    := $(VENV)/.test-installed

@@ -23,9 +23,9 @@ class HoldPolicy:
     def __init__(self, embodiment: Embodiment, horizon: int = 8, gripper: float | None = None) -> None:
         self._held: list[int] = []  # of each action, its place in the state
         if embodiment.action_space == "joint_position":
-            names, known = [], embodiment.state_names
-            for action, joint in zip(embodiment.action_names, embodiment.joints):
-                names.append(action if action in known else joint.name)
+            names, known = list(embodiment.action_names), embodiment.state_names
+            for place, joint in enumerate(embodiment.joints[: len(names)]):
+                names[place] = names[place] if names[place] in known else joint.name
             if missing := [name for name in names if name not in known]:
                 remedy = "Holding needs the positions: name the joints among state_names."
                 raise ConfigError(explain("state_names", "the position of every action", f"without {missing}", remedy))

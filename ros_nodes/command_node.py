@@ -283,7 +283,7 @@ class CommandCore:
 
     def _brake_first(self) -> bool:
         """An arm in motion comes to rest before anything else; whether there is one."""
-        if self._phase not in _MOVING or self._loop.gate.at_rest:
+        if self.held:
             return False
         self._phase, self._asked, self._open_until = "ending", None, None
         self._loop.request_stop()
@@ -330,7 +330,7 @@ class CommandCore:
 
     def _control(self, now: Now) -> Effects:
         self._follow_clock(now)
-        if self._phase == "ending" and self._loop.gate.at_rest:
+        if self._phase == "ending" and self.held:
             after, self._phase = self._after, "idle"
             if after is None:
                 return (self._status(now),)
@@ -425,7 +425,7 @@ class CommandCore:
 
     @property
     def held(self) -> bool:
-        return self._phase not in _MOVING or self._loop.gate.at_rest
+        return self._phase not in _MOVING or (self._loop.gate.at_rest and self._outputs.at_rest)
 
     # ---- results ----
     def save(self) -> str:

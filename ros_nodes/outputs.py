@@ -2,7 +2,7 @@
 
     positions                std_msgs/Float64MultiArray on TOPIC: the driver holds the last one
     velocities               the same; only with a stated driver timeout, because a velocity goes on. That of the
-                             command, and a little more where the arm has fallen behind it
+                             command, and a little more or less where the arm is off its path
     trajectory               trajectory_msgs/JointTrajectory: the command, what is planned next, and the stop
     follow_joint_trajectory  the same as goal of control_msgs/action/FollowJointTrajectory
     gripper_command          goal of control_msgs/action/GripperCommand, sent when it changes; without action clients
@@ -25,7 +25,7 @@ from ros_nodes.messages import Trajectory, Values
 from ros_nodes.node import Endpoint, Goal, Now, Send
 from vla.embodiment import Embodiment, Output
 from vla.errors import ConfigError, explain
-from vla.runtime.gate import MAX_PERIODS
+from vla.runtime.gate import MAX_PERIODS, Verdict
 from vla.runtime.limits import JointLimits, within_urdf
 from vla.runtime.loop import CommandPath, ControlLoop
 from vla.types import NS_PER_S, ControlMode
@@ -41,7 +41,7 @@ _TOPIC_TYPES = {
 }
 TWIN = "/commands"  # behind the name of a gripper's action: std_msgs/Float64MultiArray of one position
 STOP_S = 0.15  # after the last command of a node that is gone, the arm brakes
-_CATCH_UP_PER_S = 1.0  # of the way that a joint driven by velocities is behind its command
+_CATCH_UP_PER_S = 2.0  # of the way that a joint driven by velocities is off its path
 _CATCH_UP_SHARE = 0.1  # of its limit, at most
 _GRIPPER_STEP = 0.02  # of its range: a new goal for less would only restart the driver's motion
 
@@ -76,6 +76,11 @@ class Outputs:
             self._sinks.append((sink, places, sink.names or names))
         self._planned = any("trajectory" in sink.kind for sink in robot.sinks)
         self._drives = any(sink.kind == "velocities" for sink in robot.sinks)
+        for sink in robot.sinks:
+            if sink.kind == "velocities" and not robot.period_s < sink.timeout_s <= STOP_S:
+                expected = f"above the period of {robot.period_s:g} s, up to {STOP_S:g} s"
+                remedy = "A velocity goes on when this process dies: set the driver's command timeout, and state it."
+                raise ConfigError(explain(f"{robot.name}: {sink.topic}: timeout_s", expected, sink.timeout_s, remedy))
         joints = self._drives and robot.control_mode is not ControlMode.OSC_DELTA
         self._limits = JointLimits.of(within_urdf(robot)) if joints else None
         self._grips: dict[str, float] = {}
@@ -85,6 +90,11 @@ class Outputs:
     def endpoints(self) -> tuple[Endpoint, ...]:
         topics = [Endpoint(s.topic, _TOPIC_TYPES[s.kind]) for s, _, _ in self._sinks if s.kind in _TOPIC_TYPES]
         return (*topics, *(Endpoint(topic, Values.type_name) for topic in self.twins))
+
+    @property
+    def at_rest(self) -> bool:
+        """What was sent last moves nothing by itself."""
+        return not np.any(self._driven)
 
     @property
     def actions(self) -> tuple[tuple[str, str], ...]:
@@ -121,20 +131,25 @@ class Outputs:
         return out
 
     def _velocities(self, loop: ControlLoop, positions: np.ndarray | None, now: Now) -> np.ndarray:
-        """float64[D]. A velocity has no place: an arm that follows 95 % of it would be further off with every second.
-        Within the limits of velocity and acceleration, as whatever the gate says is; zero at rest."""
+        """float64[D]. A velocity has no place: an arm that follows 95 % of it would be further off with every second,
+        and is brought to its path, but not during a stop, and never faster towards a limit than it can be stopped there
+        by the next command. Within the limits of velocity and acceleration, and zero once a stop is over."""
         gate, limits, period_s = loop.gate, self._limits, self._robot.period_s
-        wanted, elapsed_s = gate.velocity, (now.steady_ns - self._driven_ns) / NS_PER_S
+        wanted, elapsed_s = gate.velocity, max(0, now.stamp_ns - self._driven_ns) / NS_PER_S
         if limits is None:
             return wanted
         if elapsed_s > MAX_PERIODS * period_s:
             self._driven, elapsed_s = np.zeros(len(wanted)), period_s  # its driver has stopped, as the gate takes it
-        if positions is not None and np.all(np.isfinite(positions)) and not gate.at_rest:
+        decision = loop.last[1]
+        stops = decision is None or decision.verdict is Verdict.STOP
+        if not stops and positions is not None and np.all(np.isfinite(positions)):
             most = _CATCH_UP_SHARE * limits.velocity
-            wanted = wanted + np.clip(_CATCH_UP_PER_S * (gate.command - positions), -most, most)
+            wanted = wanted + np.clip(_CATCH_UP_PER_S * gate.behind(positions), -most, most)
+            room = np.maximum(limits.upper - positions, 0), np.minimum(limits.lower - positions, 0)
+            wanted = np.clip(wanted, room[1] / period_s, room[0] / period_s)
         change = limits.acceleration * elapsed_s
         wanted = np.clip(wanted, self._driven - change, self._driven + change)
-        self._driven, self._driven_ns = np.clip(wanted, -limits.velocity, limits.velocity), now.steady_ns
+        self._driven, self._driven_ns = np.clip(wanted, -limits.velocity, limits.velocity), now.stamp_ns
         return self._driven
 
     def _grip(self, sink: Output, value: float, place: int) -> Sequence[Send | Goal]:

@@ -328,14 +328,15 @@ class PolicyCore:
         hangs = self._running is not None and now.steady_ns - self._running[1] > self._hang_ns
         if self._waiting is not None and self._running is None and self._instruction:
             self._note_missing(self._waiting, now)
-        effects = [] if hangs else [Send(HEARTBEAT.topic, self.status(now))]
+        status = self.status(now)
+        effects = [] if hangs else [Send(HEARTBEAT.topic, status)]
         if self._reports.due(now.steady_ns):
-            effects.append(Send(DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (self._report(hangs, now),))))
+            effects.append(Send(DIAGNOSTICS.topic, Diagnostics(now.stamp_ns, (self._report(status, hangs, now),))))
         return effects
 
-    def _report(self, hangs: bool, now: Now) -> Status:
+    def _report(self, status: Status, hangs: bool, now: Now) -> Status:
         """What /diagnostics says: the heartbeat, and of whom it cannot tell anything."""
-        status, faults = self.status(now), []
+        faults = []
         if hangs and self._running is not None:
             faults.append(f"an inference has been running for {(now.steady_ns - self._running[1]) / NS_PER_S:.1f} s")
         if self._commanded_ns is not None and now.steady_ns - self._commanded_ns > COMMAND_SILENT_NS:

@@ -214,7 +214,8 @@ class Watch:
                 continue
             known, period = self._cameras.get(name), heartbeat.values.get(SPACING_KEY + name, "")
             period_ns = int(period) if _STAMP.fullmatch(period) else 0
-            period_ns = period_ns if period_ns > 0 else 0 if known is None else known.period_ns
+            if period_ns <= 0 and known is not None:  # not told, by a policy node that has seen few, or is an older one
+                period_ns = int(stamp) - known.stamp_ns if int(stamp) > known.stamp_ns else known.period_ns
             if known is not None and picture == known.picture:
                 self._cameras[name] = replace(known, stamp_ns=int(stamp), period_ns=period_ns)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from shells import drivers, graph
 
 from ros_nodes import messages as m
 from ros_nodes.command_node import CommandCore
+from ros_nodes.joints import JointTopic
 from ros_nodes.node import CONTROL, DIAGNOSTICS, REQUEST, SIM_STATUS, Endpoint
 from ros_nodes.request import Request
 from ros_nodes.wire import Participant
@@ -127,7 +129,7 @@ class Driven(Driver):
     where it is, else wherever it is."""
 
     def __init__(self) -> None:
-        self.looks = False
+        self.looks, self.goal, self.lag_ms, self.past = False, math.nan, 0, list[np.ndarray]()
         self.share, self.told, self.speeds = 1.0, np.zeros(len(PANDA.joints)), list[tuple[int, np.ndarray]]()
         sink = Output("/velocity", "velocities", PANDA.command_names, timeout_s=0.1)
         super().__init__(robot=replace(PANDA, command_topic="", outputs=(sink,)))
@@ -136,6 +138,8 @@ class Driven(Driver):
         times = (request.start_ns - T0) / 1e9 + 0.05 * np.arange(1, 17)
         rows = np.tile(np.float32(self.robot.home), (16, 1))
         rows[:, 0] = self.positions[0] + 0.3 * (times - times[0]) if self.looks else 0.6 * np.sin(0.8 * times)
+        if not math.isnan(self.goal):  # 0.6 rad/s towards it
+            rows[:, 0] = np.clip(self.goal, *(self.positions[0] + np.outer((-0.6, 0.6), times - times[0] + 0.1)))
         super().chunk(request, rows if actions is None else actions, number)
 
     def run(self, milliseconds: int) -> None:
@@ -147,6 +151,12 @@ class Driven(Driver):
                     self.told = sent.message.data
                     self.speeds.append((self.time_ns, self.told))
             self.positions = self.positions + self.share * self.told * 1e-3
+            self.past.append(self.positions)
+
+    def joints(self, topic: JointTopic) -> m.JointState:
+        found = super().joints(topic)
+        then = self.past[-1 - self.lag_ms] if len(self.past) > self.lag_ms else self.positions
+        return replace(found, positions=then[topic.places])
 
 
 @pytest.fixture
@@ -180,8 +190,37 @@ def test_an_arm_that_follows_velocities_imprecisely_is_brought_back_to_its_path(
     driven.share = share
     for _ in range(5):
         driven.run(1000)
-        assert np.max(np.abs(driven.positions - driven.core._loop.gate.command)) < 0.08
+        assert np.max(np.abs(driven.positions - driven.core._loop.gate.command)) < 0.12
+    driven.goal = float(driven.positions[0]) + 0.1
+    driven.run(4000)
+    assert abs(driven.positions[0] - driven.goal) < 0.02, "what is held is reached, too"
     assert within_limits(driven)
+
+
+@pytest.mark.parametrize("share", [1.0, 1.05])
+@pytest.mark.parametrize("lag_ms", [0, 40])
+def test_an_arm_driven_by_velocities_does_not_pass_its_goal(share: float, lag_ms: int, driven: Driven) -> None:
+    """Nor the limit, which is the goal here. lag_ms: of the joint states."""
+    limit = driven.robot.joints[0].upper
+    driven.share, driven.lag_ms, driven.positions[0] = share, lag_ms, limit - 0.8
+    driven.give(CONTROL.topic, m.Text.of(op="stop"))
+    driven.run(300)
+    driven.goal, most = limit, 0.0
+    driven.give(CONTROL.topic, m.Text.of(op="resume"))
+    for _ in range(400):
+        driven.run(10)
+        most = max(most, float(driven.positions[0]))
+    assert abs(driven.positions[0] - limit) < 0.02
+    assert most - limit < (1e-6 if share == 1.0 else 0.03), "by no more than its share of the way"
+
+
+def test_nothing_speeds_up_during_a_stop(driven: Driven) -> None:
+    driven.positions[0] -= 0.5  # where it cannot be: the joint states jumped
+    driven.run(1)
+    count, fast = len(driven.speeds), np.max(np.abs(driven.told))
+    driven.run(400)
+    assert driven.status_now()["reason"] == Reason.JOINT_STATE_JUMP.text
+    assert np.max(np.abs([v for _, v in driven.speeds[count:]])) <= fast + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(4))

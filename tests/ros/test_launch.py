@@ -300,7 +300,11 @@ def test_a_node_that_fails_ends_the_launch(tmp_path: Path) -> None:
         (("bundle:=tests", "robot:=tabletop"), "bundle.json: expected a bundle's description"),
         (("bundle:=tabletop", "robot:=panda"), "robot 'panda' and policy 'tabletop': 7 difference(s)"),
         (("bundle:=hold", "robot:=panda", "output:=velocities"), "output_topic: expected the topic"),
-        (("bundle:=hold", "robot:=panda", "output:=velocities", "output_topic:=/v"), "timeout_s: expected above"),
+        (("bundle:=hold", "robot:=panda", "output:=velocities", "output_topic:=/v"), "the driver stops by itself"),
+        (
+            ("bundle:=hold", "robot:=panda", "output:=velocities", "output_topic:=/v", "driver_timeout:=0.04"),
+            "timeout_s: expected above the period of 0.05 s",
+        ),
         (("bundle:=hold", "robot:=panda", "domain:=999"), "domain: expected a number in 0..232"),
     ],
 )

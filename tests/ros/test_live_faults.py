@@ -75,7 +75,7 @@ def said(graph: Graph) -> str:
     """What the command node says on /diagnostics now."""
     seen = graph._seen.get(DIAGNOSTICS.topic, (0, None))[1]
     assert isinstance(seen, m.Diagnostics)
-    return "; ".join(" ".join((s.message, *s.values.values())) for s in seen.statuses)
+    return "; ".join(" ".join((s.message, *s.values.values())) for s in seen.statuses if s.name == "vla_command")
 
 
 def stops_for(graph: Graph, reason: Reason, words: str) -> None:

@@ -11,6 +11,7 @@ from arms import JOINTS, arm
 from gate_inputs import START
 
 from vla.errors import ConfigError, ObservationError
+from vla.resources import load_embodiment
 from vla.runtime.gate import Gate, Reason, Verdict
 from vla.runtime.limits import JointLimits, approach_speed, braked, limit_tool, velocity_bounds
 
@@ -340,3 +341,31 @@ def test_joint_states_that_are_wrong_are_followed_once_only():
     for _ in range(300):
         decision = drive.step(START, positions=drive.gate.command + np.array([0.3, 0, 0, 0]))
         assert decision.reason is Reason.TRACKING and decision.values[0] <= START[0] + 0.3 + 1e-9
+
+
+# ---- joints that are sent as velocities ----
+@pytest.mark.parametrize("bad", [np.full(8, np.nan), np.zeros(7), None])
+def test_a_stop_holds_whatever_is_measured_of_driven_joints(bad) -> None:
+    panda = load_embodiment("panda")
+    gate = Gate(panda, driven=tuple(range(8)))
+    gate.reset(np.array(panda.home), 0)
+    known = dict(positions_stamp_ns=50_000_000, heartbeat_ns=50_000_000)
+    decision = gate.step(50_000_000, None, positions=bad, fault=Reason.OPERATOR, **known)
+    assert decision.reason is Reason.OPERATOR
+    np.testing.assert_array_equal(decision.values, panda.home)
+
+
+@pytest.mark.parametrize("driven", [(), (0,)])
+def test_of_joints_sent_both_ways_the_one_that_stuck_does_not_hold_up_the_rest(driven: tuple[int, ...]) -> None:
+    """Joint 0 by velocities and noisy, joint 1 by positions and stuck."""
+    panda, rng = load_embodiment("panda"), np.random.default_rng(0)
+    gate, home = Gate(panda, driven=driven), np.array(panda.home)
+    gate.reset(home, 0)
+    reasons = []
+    for tick in range(1, 300):
+        now, target = tick * 50_000_000, home.copy()
+        target[1] += min(0.01 * tick, 0.4) if tick < 60 else 0.0
+        measured = home + rng.normal(0, 1e-4, 8)
+        known = dict(positions=measured, positions_stamp_ns=now, heartbeat_ns=now)
+        reasons.append(gate.step(now, target, due_ns=now, chunk_number=tick // 8, **known).reason)
+    assert Reason.TRACKING in reasons and reasons[-1] is Reason.NONE

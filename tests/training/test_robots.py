@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import tiny_config
+from vla import configs
 from vla.checkpoints import bundle as bundles
 from vla.cli.main import main
 from vla.data.lerobot import LeRobotDataset
 from vla.data.lerobot_writer import DatasetSpec, merge, write_shard
 from vla.embodiment import Embodiment
+from vla.errors import ConfigError, DataError
 from vla.resources import load_embodiment
 from vla.training.dataset import TrainingData
 from vla.training.trainer import train
@@ -74,6 +77,16 @@ def test_cameras_may_be_given_by_hand(tmp_path: Path, capfd: pytest.CaptureFixtu
     wrong = "model.cameras=[{name:front,size:32,gird:4,channels:[8,16]}]"
     assert main(["train", f"data={data}", f"out={tmp_path / 'b'}", wrong, "device=cpu"]) == 2
     assert "model.cameras[0]: unknown key 'gird'" in capfd.readouterr().err
+
+
+def test_cameras_that_cannot_be_are_named() -> None:
+    recipe = configs.load("model", "small")
+    assert [camera.name for camera in recipe.encoders(("wrist", "side"))] == ["side", "wrist"]
+    slip = replace(recipe, cameras=(replace(recipe.cameras[0], name="frnt"), recipe.cameras[1]))
+    with pytest.raises(ConfigError, match=r"model\.cameras: 'frnt' is no camera of the data\. Did you mean 'front'"):
+        slip.encoders(("front", "wrist"))
+    with pytest.raises(DataError, match="cameras of the data: expected at least one"):
+        recipe.encoders(())
 
 
 @pytest.mark.parametrize("name", ["panda", "aloha"])

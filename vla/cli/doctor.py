@@ -89,8 +89,8 @@ def examine(names: list[str] | None = None) -> list[Check]:
 
 
 def _python() -> Check:
-    ok = (3, 10) <= sys.version_info[:2] <= (3, 12)
-    remedy = "" if ok else "Install Python 3.10, 3.11 or 3.12 and make the environment with it."
+    ok = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    remedy = "" if ok else "Install Python 3.10 to 3.13 and make the environment with it."
     return Check("python", FOUND if ok else BROKEN, platform.python_version(), remedy, required=True)
 
 

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from ros_nodes import launching
-from ros_nodes.outputs import sent_as
+from ros_nodes.outputs import Outputs, sent_as
 from ros_nodes.policies import check_robot, is_bundle
 from ros_nodes.shell import EXIT_LIMIT_S
 from vla.embodiment import Embodiment
@@ -85,7 +85,7 @@ def look(values: dict[str, str]) -> None:
     robot = load_embodiment(values["robot"]) if values.get("robot") else None
     if robot is not None and not values.get("params_file"):  # which may say the rest
         kind, topic, timeout_s = (values.get(name, "") for name in ("output", "output_topic", "driver_timeout"))
-        sent_as(robot, kind, topic, float(timeout_s or 0))
+        Outputs(sent_as(robot, kind, topic, float(timeout_s or 0)))
     bundle = values.get("bundle", "")
     if bundle and is_bundle(bundle):
         trained = _trained_for(bundle)

@@ -84,11 +84,8 @@ class Gate:
         self._tool_position = tool_position
         self._boxed = not self._osc and bool(np.any(np.isfinite(self._box)))
         if self._boxed and tool_position is None:
-            raise ConfigError(
-                explain(
-                    "tool_position", "a function q -> metres", "none", "The embodiment has a workspace box: pass FK."
-                )
-            )
+            remedy = "The embodiment has a workspace box: pass FK."
+            raise ConfigError(explain("tool_position", "a function q -> metres", "none", remedy))
         self._absolute = self._is_gripper | (embodiment.action_space == "joint_position")
         period_s = embodiment.period_s
         self._period_s = period_s
@@ -97,7 +94,7 @@ class Gate:
         self._action_ns = round((2 * period_s if max_action_age_s is None else max_action_age_s) * NS_PER_S)
         self._max_tracking_error = max_tracking_error
         self._slew_per_s = slew_per_s
-        self._carries_stop, self._driven = carries_stop, list(driven)
+        self._carries_stop, self._driven = carries_stop, np.isin(np.arange(len(names)), driven)
         jerky = self._limits is not None and self._limits.jerk is not None
         self._motion = JerkMotion(self._limits, period_s) if jerky and self._limits is not None else None
         self._now_ns: int | None = None
@@ -109,10 +106,7 @@ class Gate:
     # ---- state ----
     def reset(self, positions: np.ndarray, now_ns: int) -> None:
         """Start at rest from measured joint positions float64[D]; clears a stop. Call it only while the arm stands."""
-        if not self._osc:
-            self._command = self._checked(positions)
-        else:
-            self._command = np.zeros(len(self._command))
+        self._command = np.zeros(len(self._command)) if self._osc else self._checked(positions)
         self._rest()
         self._now_ns = now_ns
         self._forget()
@@ -134,9 +128,8 @@ class Gate:
     def _checked(self, positions: np.ndarray) -> np.ndarray:
         values = np.array(positions, np.float64)
         if values.shape != self._command.shape or not np.all(np.isfinite(values)):
-            raise ObservationError(
-                explain("positions", f"{len(self._command)} finite joint positions", values, "Check the joint states.")
-            )
+            expected = f"{len(self._command)} finite joint positions"
+            raise ObservationError(explain("positions", expected, values, "Check the joint states."))
         return values
 
     @property
@@ -233,7 +226,7 @@ class Gate:
                 self._follow_any(self._back_to, dt)
             else:
                 self._stop(dt)
-                self._settle(found, positions)
+                self._settle(positions if np.any(self._driven) else None)
             return Decision(Verdict.STOP, reason or Reason.NO_ACTION, self._command.copy())
         reason = self._follow_any(target, dt)
         if reason is Reason.KINEMATICS:
@@ -260,25 +253,30 @@ class Gate:
         if not self._osc:
             if np.shape(positions) != self._command.shape:
                 return Reason.JOINT_STATE_INVALID
-            path = [self._command, *(command for _, command in self._sent)]
-            away = np.maximum(np.min(path, axis=0) - positions, positions - np.max(path, axis=0))
-            if np.max(away[self._arm], initial=0.0) > self._max_tracking_error:
+            if np.max(np.abs(self.behind(positions))[self._arm], initial=0.0) > self._max_tracking_error:
                 return Reason.TRACKING
         return Reason.NONE
+
+    def behind(self, positions: np.ndarray) -> np.ndarray:
+        """float64[D], the way from measured positions to where the joints were commanded within TRACKING_LAG_S."""
+        path = [self._command, *(command for _, command in self._sent)]
+        return np.clip(positions, np.min(path, axis=0), np.max(path, axis=0)) - positions
 
     def _goes_back(self, found: Reason, positions: np.ndarray | None) -> bool:
         """Nothing but an arm that did not follow holds the command, which goes to where that arm was found, once: with
         joint states that are wrong, following them would never end."""
         if self._latched is not Reason.TRACKING or found not in (Reason.NONE, Reason.TRACKING, *_UNLATCHED):
             return False
-        stands = self.at_rest and all(np.array_equal(command, self._command) for _, command in self._sent)
+        moved = np.array([command - self._command for _, command in self._sent])
+        stands = self.at_rest and not np.any(moved[:, ~self._driven])
         if self._back_to is None and stands and found is Reason.TRACKING and positions is not None:
             self._back_to = np.where(self._is_gripper, self._command, positions)
         return self._back_to is not None
 
-    def _settle(self, found: Reason, positions: np.ndarray | None) -> None:
-        if self._driven and positions is not None and found is not Reason.JOINT_STATE_INVALID and self.at_rest:
-            self._command = np.where(np.isin(np.arange(len(positions)), self._driven), positions, self._command)
+    def _settle(self, positions: np.ndarray | None) -> None:
+        if positions is not None and self.at_rest and np.shape(positions) == self._command.shape:
+            known = self._driven & np.isfinite(positions)
+            self._command = np.where(known, positions, self._command)
             self._rest()
 
     def _action_fault(self, now_ns: int, target: np.ndarray | None, due_ns: int) -> Reason:

@@ -48,11 +48,11 @@ class Batch:
 class TrainingData:
     """Index arithmetic and prepared arrays of one data set.
 
-    Episodes are split into training and validation by their number (every `1 / val_fraction`-th one validates), so the
-    split does not depend on the seed of training. Frames whose next `settle` actions answer a perturbation that the
-    observation cannot know of are left out of training. The first `early_steps` frames of an episode count
-    `early_repeat` times; of the later ones every `late_stride`-th is used (neighbours say nearly the same, and what
-    is not used takes no memory).
+    Episodes are split into training and validation by their number (every `1 / val_fraction`-th one validates, of
+    fewer the last), so the split does not depend on the seed of training. Frames whose next `settle` actions answer a
+    perturbation that the observation cannot know of are left out of training. The first `early_steps` frames of an
+    episode count `early_repeat` times; of the later ones every `late_stride`-th is used (neighbours say nearly the
+    same, and what is not used takes no memory).
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class TrainingData:
         self.use_normalizers(
             Normalizer.from_stats(dataset.stats["observation.state"]), Normalizer.from_stats(dataset.stats["action"])
         )
-        every = max(2, min(round(1 / val_fraction), len(dataset.episodes)))  # of a handful, one
+        every, count = max(2, round(1 / val_fraction)), len(dataset.episodes)
+        every = min(every, count) if count > 2 else every  # of a handful, the last
         frames = np.arange(len(dataset))
         validates = np.asarray(dataset.episode_of) % every == every - 1
         clean = self.windows.undisturbed(frames, min(settle, horizon)).all(axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.configs import Unbounded
-from vla.errors import ConfigError, explain
+from vla.errors import ConfigError, DataError, explain
 from vla.models.transformer import TransformerConfig
 from vla.models.vision import CameraEncoderConfig
 
@@ -41,7 +42,13 @@ class ModelRecipe:
     def encoders(self, cameras: Sequence[str]) -> tuple[CameraEncoderConfig, ...]:
         """For a data set with `cameras`: the recipe's own if all of them are there. Else every camera has one, its own
         where the recipe names it. The recipe's first encoder, whose points look for what the words name, goes to the
-        first camera without one if its own is not there; its last one to the others."""
+        first camera without one if its own is not there; its last one to the others. DataError without cameras,
+        ConfigError for a name that is nearly one of theirs."""
+        if not cameras:
+            raise DataError(explain("cameras of the data", "at least one", "none", "Record pictures, too."))
+        for camera in self.cameras:
+            if camera.name not in cameras and (near := difflib.get_close_matches(camera.name, cameras, 1, 0.8)):
+                raise ConfigError(f"model.cameras: {camera.name!r} is no camera of the data. Did you mean {near[0]!r}?")
         known = {camera.name: camera for camera in self.cameras}
         if set(known) <= set(cameras):
             return self.cameras
@@ -122,8 +129,8 @@ class TrainConfig:
 
     data: folder of a LeRobotDataset. heads: by name. out: folder of the run (checkpoint, bundle, logs).
     steps, batch_size: of the optimiser. lr: peak; warm-up then cosine to lr * final_lr_share. ema: decay of the
-    averaged weights, 0 for none. precision: "fp32" or "bf16" (autocast). val_fraction: share of episodes that validate.
-    settle, early_steps, early_repeat, late_stride: see TrainingData.
+    averaged weights, 0 for none. precision: "fp32" or "bf16" (autocast).
+    val_fraction (share of episodes that validate), settle, early_steps, early_repeat, late_stride: see TrainingData.
     rollout_every: steps between rollouts, 0 for none. compile: torch.compile the loss (needs a C++ compiler; worth it
     for runs of more than half an hour). image_shift: random shift of training images in pixels.
     init: a bundle, folder or shipped name, whose backbone, text tokenizer and normalisation this run starts from, and
