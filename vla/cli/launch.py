@@ -117,6 +117,7 @@ class Processes:
         self._commands, self._respawn = commands, respawn
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._ending = False
+        self._told = ""  # the node whose end was said, and ended the launch
 
     def run(self) -> int:
         """0 after SIGINT or SIGTERM when every node ended with 0, else 1."""
@@ -130,7 +131,7 @@ class Processes:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         for name, code in codes.items():
-            if code:
+            if code and name != self._told:
                 print(f"vla launch: {name} ended with code {code}", file=sys.stderr)
         return 0 if good and not any(codes.values()) else 1
 
@@ -151,6 +152,7 @@ class Processes:
                     continue
                 print(f"vla launch: {name} ended by itself with code {process.returncode}", file=sys.stderr)
                 if not self._respawn:
+                    self._told = name
                     return False
                 time.sleep(RESPAWN_DELAY_S)
                 if not self._ending:
