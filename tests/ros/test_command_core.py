@@ -520,3 +520,16 @@ def test_what_a_node_does_not_import(module: str, absent: tuple[str, ...]) -> No
     code = f"import sys, ros_nodes.{module}; print([n for n in {absent!r} if n in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("robot", ["tabletop", "panda"])
+def test_nothing_is_imported_in_motion(robot: str) -> None:
+    """numpy loads parts of itself when they are first used: with the first chunk, 24 ms of a control period."""
+    script = (
+        "import sys; from ros_nodes.shell import settle; from tests.ros.driver import Driver; "
+        "from vla.resources import load_embodiment; "
+        f"driver = Driver(robot=load_embodiment({robot!r})); driver.run(50); settle(); before = set(sys.modules); driver.begin(); driver.run(1500); "
+        "assert driver.core._loop.trace.rows; print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
