@@ -528,7 +528,8 @@ def test_nothing_is_imported_in_motion(robot: str) -> None:
     script = (
         "import sys; from ros_nodes.shell import settle; from tests.ros.driver import Driver; "
         "from vla.resources import load_embodiment; "
-        f"driver = Driver(robot=load_embodiment({robot!r})); driver.run(50); settle(); before = set(sys.modules); driver.begin(); driver.run(1500); "
+        f"driver = Driver(robot=load_embodiment({robot!r})); driver.run(50); "
+        "settle(); before = set(sys.modules); driver.begin(); driver.run(1500); "
         "assert driver.core._loop.trace.rows; print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
