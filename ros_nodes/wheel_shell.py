@@ -202,7 +202,7 @@ class WheelShell:
             "received": {topic: s.received for topic, s in self._subscriptions.items()},
             "lost": {topic: s.lost for topic, s in self._subscriptions.items()},
             "transit_ms": {
-                topic: [round(t / 1e6, 3) for t in list(s.transit_ns)] for topic, s in self._subscriptions.items()
+                topic: [round(t / 1e6, 3) for t in s.transit_ns] for topic, s in self._subscriptions.items()
             },
             **self.counts,
             "cpu_s": usage.ru_utime + usage.ru_stime,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -196,8 +196,13 @@ class Subscription:
 
     def __init__(self, reader: Any, topic: str, callback: Callable[[bytes, int], None]):
         self.topic, self.received, self.failed = topic, 0, ""
-        self.transit_ns: deque[int] = deque(maxlen=_TRANSITS_KEPT)
+        self._transits = array("q", bytes(8 * _TRANSITS_KEPT))  # all of it from the start: a node shall not grow
         self._reader, self._callback = reader, callback
+
+    @property
+    def transit_ns(self) -> list[int]:
+        """In no order."""
+        return list(self._transits[: self.received])
 
     @property
     def writers(self) -> int:
@@ -217,8 +222,8 @@ class Subscription:
             now_ns, wall_ns = time.monotonic_ns(), time.time_ns()
             for data, info in samples:
                 if info.valid_data:
+                    self._transits[self.received % _TRANSITS_KEPT] = wall_ns - info.source_timestamp
                     self.received += 1
-                    self.transit_ns.append(wall_ns - info.source_timestamp)
                     try:
                         self._callback(data, now_ns)
                     except Exception as error:  # one bad message must not end the thread that all topics share
