@@ -72,6 +72,68 @@ def test_a_policy_that_becomes_ten_times_slower(usual_ms: int, stops: bool) -> N
     assert len(driver.core.summary()["stops"]) == before and driver.status_now()["verdict"] in ("pass", "reshape")
 
 
+@pytest.mark.parametrize("fault", ["dies", "repeats an old frame"])
+def test_a_camera_that_is_lost_stops_the_arm(fault: str) -> None:
+    driver = Driver()
+    driver.beat = None
+    driver.moving()
+    driver.run((7 - driver.time_ns // MS % 50) % 50 or 50)
+    last = driver.pictures()
+    at, taken = driver.time_ns, int(last[STAMP_KEY + "wrist"]) - T0
+    for _ in range(16):
+        now = driver.pictures()
+        kept = STAMP_KEY if fault == "dies" else "nothing"
+        driver.beat = now | {key: last[key] for key in now if key.startswith((kept, PICTURE_KEY)) and "wrist" in key}
+        driver.run(50)
+        driver.beat = None
+    said = driver.diagnosis()
+    assert driver.status()["reason"] == Reason.CAMERA.text and "wrist" in said.values["camera"]
+    stop = driver.core.summary()["stops"][-1]["stamp_ns"] - T0
+    if fault == "dies":
+        assert stop - taken <= PERIOD + 150 * MS, "within 150 ms of the picture that did not come"
+    else:
+        assert stop > at and "same picture" in said.values["camera"]
+    driver.run(1000)
+    assert driver.status()["verdict"] in ("pass", "reshape")
+
+
+@pytest.mark.parametrize("hz", [60, 30, 25, 20, 15])
+def test_braking_begins_within_150_ms_of_the_picture_that_did_not_come(hz: int) -> None:
+    """At any rate of the camera, and at any time within control periods and heartbeats."""
+    for after_ms in range(1, 51, 7):
+        driver = Driver()
+        driver.beat, driver.camera_ns = None, round(1e9 / hz)
+        driver.moving()
+        driver.run(after_ms)
+        driver.beat = driver.pictures()
+        due_ns = int(driver.beat[STAMP_KEY + "wrist"]) + driver.camera_ns
+        driver.run(300)
+        stop = driver.core.summary()["stops"][-1]
+        assert stop["reason"] == Reason.CAMERA.text and 130 * MS < stop["stamp_ns"] - due_ns <= 150 * MS
+
+
+def test_a_policy_that_falls_silent_is_no_camera_fault() -> None:
+    driver = Driver()
+    driver.beat = None
+    driver.moving()
+    driver.policy_alive = False
+    driver.run(500)
+    assert [stop["reason"] for stop in driver.core.summary()["stops"]] == [Reason.HEARTBEAT.text]
+
+
+def test_a_still_picture_of_a_still_arm_is_no_fault() -> None:
+    driver = Driver()
+    driver.beat = None
+    driver.moving()
+    still = {key: value for key, value in driver.pictures().items() if key.startswith(PICTURE_KEY)}
+    for _ in range(20):
+        driver.beat = None
+        driver.beat = driver.pictures() | still
+        driver.give(CONTROL.topic, m.Text.of(op="stop"))
+        driver.run(50)
+    assert driver.status()["reason"] == Reason.OPERATOR.text and "camera" not in driver.diagnosis().values
+
+
 class WithPolicy(Driver):
     """The command core and the policy core, with nothing between them."""
 
