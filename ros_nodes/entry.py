@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from ros_nodes.heap import one_arena
 from vla.errors import VlaError
 
 
@@ -33,6 +34,7 @@ def on_wheel(kind: str, arguments: Sequence[str] | None = None) -> int:
     """Run the node `kind` of ros_nodes/settings.py with a command line; its exit code."""
     from ros_nodes import settings, wheel_shell
 
+    one_arena()
     node = settings.NODES[kind]
     module = importlib.import_module(node.module)
     parser = argparse.ArgumentParser(node.module.split(".")[-1], description=(module.__doc__ or "").split("\n\n")[0])

@@ -48,6 +48,7 @@ from ros_nodes.node import (
     INSTRUCTION,
     PICTURE_KEY,
     REQUEST,
+    SENSOR,
     SPACING_KEY,
     STAMP_KEY,
     Effects,
@@ -159,6 +160,12 @@ class PolicyCore:
     @property
     def embodiment(self) -> Embodiment:
         return self._robot
+
+    @property
+    def message_bytes(self) -> int:
+        """Of the pictures that are kept, and of those that DDS and the shell may hold."""
+        picture_bytes = [3 * camera.height * camera.width for camera in self._robot.cameras]
+        return (_FRAMES_KEPT + 2 * SENSOR.depth) * sum(picture_bytes)
 
     @property
     def next_tick_ns(self) -> int:

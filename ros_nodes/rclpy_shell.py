@@ -44,6 +44,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from ros_nodes import settings
+from ros_nodes.heap import one_arena
 from ros_nodes.messages import DISTROS, Flag, Raw, Text, encode
 from ros_nodes.names import relative, spoken
 from ros_nodes.node import (
@@ -155,7 +156,7 @@ class NodeShell(LifecycleNode):  # type: ignore[misc]
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         result = super().on_activate(state)  # publishers first
-        settle()
+        settle(self.core)
         with self._lock:
             if self.core is not None and hasattr(self.core, "release"):
                 self.core.release()
@@ -461,6 +462,7 @@ def main(kind: str | None = None, arguments: Sequence[str] | None = None) -> int
     if kind is None or rest or {"-h", "--help"} & set(words):
         print(_usage(kind, rest), file=sys.stderr)
         return 0 if kind and not rest else 2
+    one_arena()
     rclpy.init(args=["", *words], signal_handler_options=SignalHandlerOptions.NO)
     try:
         node = NodeShell(settings.NODES[kind])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ros_nodes.heap import reserve
 from ros_nodes.messages import CompressedImage, Image, Message, decode
 from ros_nodes.node import Effects, Job, NodeCore, Now
 from vla.errors import TransportError, explain
@@ -96,15 +97,18 @@ class Worker:
             self._done(job.name, value)
 
 
-def settle() -> None:
+def settle(core: NodeCore | None = None) -> None:
     """The last act of the start. Parts of numpy that it loads when first used, which was with the first chunk and took
     24 ms of a control period, are loaded. What the start has made leaves the garbage collector's sight: a full
-    collection looks at all of it and stops every thread meanwhile, 17 ms in a command node and 75 ms with torch."""
+    collection looks at all of it and stops every thread meanwhile, 17 ms in a command node and 75 ms with torch. A core
+    whose messages are large says in `message_bytes` what they may take at one time; the heap gets that much."""
     import numpy.ma
     import numpy.random  # noqa: F401
 
     gc.collect()
     gc.freeze()
+    if size := getattr(core, "message_bytes", 0):
+        reserve(size)
 
 
 def hold(core: NodeCore, perform: Callable[[Effects], None], now: Callable[[], Now]) -> None:

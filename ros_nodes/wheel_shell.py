@@ -94,7 +94,7 @@ class WheelShell:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
-        settle()
+        settle(self.core)
         self._worker.start()
         self._participant.start()
         try:
