@@ -19,8 +19,8 @@ class Entry:
     """One line of the benchmark. name: as printed. config: name in configs/decoder. options: key=value.
 
     reference: name of the entry that this one is compared with, "" for a reference itself, whose success is compared
-    with that of the first entry. pruning, reuse, ensembling: names in the groups of configs/, "" for none. against:
-    further entries that success is compared with.
+    with that of the first entry. pruning, reuse, ensembling: names in the groups of configs/, with key=value behind
+    them as after --pruning, "" for none. against: further entries that success is compared with.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def parts(self) -> Parts:
-        around = {group: (getattr(self, group),) for group in GROUPS if getattr(self, group, "")}
+        around = {group: tuple(words) for group in GROUPS if (words := getattr(self, group, "").split())}
         return Parts.named({"decoder": (self.config, *self.options), **around})
 
     @property
@@ -129,6 +129,7 @@ _LISTED = (
     Entry("early exit FAST", "early_exit", ("head=fast",), _FAST),
     Entry("continued FAST", "continued", ("head=fast",), _FAST),
     Entry("pruned FAST", "autoregressive", ("head=fast",), _FAST, "flashvla"),
+    Entry("pruned FAST, three quarters stay", "autoregressive", ("head=fast",), _FAST, "flashvla keep=0.75"),
     Entry("reused FAST", "autoregressive", ("head=fast",), _FAST, "score", "flashvla"),
     Entry("pruned and reused FAST", "autoregressive", ("head=fast",), _FAST, "flashvla", "flashvla"),
     Entry("often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
