@@ -113,6 +113,9 @@ def test_goals_follow_what_was_executed_and_committed() -> None:
         np.testing.assert_allclose(targets[sample, : len(left)], left, atol=1e-6)
         np.testing.assert_array_equal(masks[sample], soft_mask(counts[sample], len(left), T))
     assert not masks[1].any()
+    long = replace(given(bundle, (1,)), contexts=contexts(0, length=6))
+    for reach, end in ((0, 2), (1, 3), (2, 4), (9, 4), (None, 4)):  # as far as the old chunk goes, at most
+        np.testing.assert_array_equal(goals(long, reach)[1][0], soft_mask(2, end, T))
     short = replace(given(bundle, (1,)), contexts=contexts(0, length=2, committed=1))  # what a reuse leaves behind
     assert goals(short)[0].shape == (1, T, A) and goals(short)[1][0, 2:].tolist() == [0, 0]
 
@@ -217,7 +220,7 @@ def test_committed_actions_come_back_as_their_bins() -> None:
 
 @pytest.mark.parametrize("kind", ["bins", "fast"])
 def test_any_tokens_are_continued_by_projection(kind) -> None:
-    decoders = AutoregressiveDecoder(), ContinuedDecoder(), ContinuedDecoder(blend=False)
+    decoders = AutoregressiveDecoder(), ContinuedDecoder(), ContinuedDecoder(reach=0)
     plain, soft, hard = (
         policy.infer_batch([observation()] * 2, contexts(1, None)) for policy in policies(kind, *decoders)
     )
@@ -458,6 +461,9 @@ def test_settings_out_of_range_are_refused() -> None:
         RealTimeFlowDecoder(0)
     with pytest.raises(ConfigError, match=r"decoder\.beta"):
         RealTimeFlowDecoder(beta=-1)
+    for decoder in (ContinuedDecoder, RealTimeDiffusionDecoder):
+        with pytest.raises(ConfigError, match=r"decoder\.reach: expected 0 or more, or null, got -1"):
+            decoder(reach=-1)
     with pytest.raises(ConfigError, match=r"decoder\.steps: expected at least 2"):
         RealTimeDiffusionDecoder(1)
     with pytest.raises(ConfigError, match=r"decoder\.steps: expected at most 100"):

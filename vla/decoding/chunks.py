@@ -76,11 +76,18 @@ def soft_mask(committed: int, overlap: int, horizon: int) -> np.ndarray:
     return np.where(places < committed, 1.0, np.where(places < overlap, weights, 0.0))
 
 
-def goals(given: DecodeInput) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def check_reach(reach: int | None) -> None:
+    """ConfigError for what `goals` does not take."""
+    if reach is not None and reach < 0:
+        remedy = "0 follows the committed actions only, null all of the old chunk."
+        raise ConfigError(explain("decoder.reach", "0 or more, or null", reach, remedy))
+
+
+def goals(given: DecodeInput, reach: int | None = None) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Per sample, what the new chunk has to agree with: normalised float32[B, T, A]; how much, `soft_mask` float64[B,
     T]; and how many of its first actions are committed. Without a previous chunk nothing is asked.
 
-    Both come from what was executed and what the scheduler has committed itself to, never from an estimated latency.
+    reach: how many actions of the old chunk behind the committed ones have a say; None, as RTC has it, all. Both come from what was executed and what the scheduler has committed itself to, never from an estimated latency.
     """
     config, normalizer = given.bundle.config, given.bundle.action_normalizer
     targets = np.zeros((given.batch, config.horizon, config.action_dim), np.float32)
@@ -90,6 +97,8 @@ def goals(given: DecodeInput) -> tuple[np.ndarray, np.ndarray, list[int]]:
             continue
         counts[sample] = 0 if context.committed is None else min(config.horizon, len(context.committed))
         overlap = max(counts[sample], min(config.horizon, len(context.previous) - context.executed))
+        if reach is not None:
+            overlap = min(overlap, counts[sample] + reach)
         targets[sample], masks[sample] = left, soft_mask(counts[sample], overlap, config.horizon)
         if context.committed is not None:
             targets[sample, : counts[sample]] = normalizer.normalize(context.committed[: config.horizon])

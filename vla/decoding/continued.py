@@ -17,22 +17,24 @@ import numpy as np
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import Decoded, DecodeInput, exactly
-from vla.decoding.chunks import continued, goals
+from vla.decoding.chunks import check_reach, continued, goals
 
 
 class ContinuedDecoder:
     """Greedy tokens; then the committed actions, to the last bit as normalised, come first.
 
-    blend: the actions behind them go over from the last chunk to the new one by RTC's soft mask; False leaves them as
-    decoded. inner: what finds the tokens, see `exactly`; it changes how long that takes and nothing else. head: name of
-    the token head, "" for the first. The ids are greedy's, the actions are not, so not exact; without a previous chunk
+    reach: so many actions behind them go over from the last chunk to the new one by RTC's soft mask; None for as far as
+    the last one goes, 0 leaves them as decoded. What the last one says there is older than what the new one has seen:
+    the shipped bins join smoothly with 2, and lose success with more. inner: what finds the tokens, see `exactly`; it
+    changes how long that takes and nothing else. head: name of the token head, "" for the first. The ids are greedy's, the actions are not, so not exact; without a previous chunk
     they are. Notes: inner's, and "moved", largest change of a committed action, normalised, by sample.
     """
 
     exact = False
 
-    def __init__(self, blend: bool = True, inner: str = "autoregressive", head: str = ""):
-        self.blend, self.inner, self.head = blend, inner, head
+    def __init__(self, reach: int | None = 2, inner: str = "autoregressive", head: str = ""):
+        check_reach(reach)
+        self.reach, self.inner, self.head = reach, inner, head
         self._inner = exactly(inner, head)
 
     def check(self, bundle: Bundle) -> None:
@@ -40,8 +42,7 @@ class ContinuedDecoder:
 
     def decode(self, given: DecodeInput) -> Decoded:
         out = self._inner.decode(given)
-        targets, masks, counts = goals(given)
-        masks = masks if self.blend else np.floor(masks)
+        targets, masks, counts = goals(given, self.reach)
         grippers = given.bundle.embodiment.grippers
         actions = np.stack([continued(*sample, grippers) for sample in zip(out.actions, targets, masks)])
         moved = [

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import Decoded, DecodeInput, find_head, gaussian, generators, predictions
-from vla.decoding.chunks import goals, keep_committed
+from vla.decoding.chunks import check_reach, goals, keep_committed
 from vla.decoding.diffusion import DiffusionDecoder, ddim, ladder
 from vla.models.heads import signal_shares
 
@@ -30,16 +30,18 @@ from vla.models.heads import signal_shares
 class RealTimeDiffusionDecoder:
     """DDIM of a hybrid head, in-painted. steps, head: as DiffusionDecoder's; a step costs one pass.
 
-    The committed actions come back as they were committed. Those behind them, as far as the old chunk reaches, go over
-    from it to the new one; grippers follow it where the mask is at least a half. Without a previous chunk it is
+    The committed actions come back as they were committed. Behind them so many as `reach` says, None for as far as the
+    old chunk goes, go over from it to the new one. Painting holds harder than guidance pulls: with all of them the
+    shipped head loses 9 points of success, with 1 none, and joins half as smoothly. Grippers follow it where the mask is at least a half. Without a previous chunk it is
     DiffusionDecoder. Notes: "missed", by sample, largest distance, normalised, of what was painted in from the
     committed actions: rounding.
     """
 
     exact = False
 
-    def __init__(self, steps: int = 4, head: str = ""):
-        self.steps, self.head = steps, head
+    def __init__(self, steps: int = 4, reach: int | None = 1, head: str = ""):
+        check_reach(reach)
+        self.steps, self.reach, self.head = steps, reach, head
         self._free = DiffusionDecoder(steps, head)  # refuses what is out of range
 
     def check(self, bundle: Bundle) -> None:
@@ -47,7 +49,7 @@ class RealTimeDiffusionDecoder:
 
     @torch.inference_mode()
     def decode(self, given: DecodeInput) -> Decoded:
-        targets, masks, counts = goals(given)
+        targets, masks, counts = goals(given, self.reach)
         if not masks.any():
             return self._free.decode(given)
         head, grippers = find_head(given.bundle, self.head, "hybrid"), list(given.bundle.embodiment.grippers)
