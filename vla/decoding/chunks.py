@@ -87,7 +87,8 @@ def goals(given: DecodeInput, reach: int | None = None) -> tuple[np.ndarray, np.
     """Per sample, what the new chunk has to agree with: normalised float32[B, T, A]; how much, `soft_mask` float64[B,
     T]; and how many of its first actions are committed. Without a previous chunk nothing is asked.
 
-    reach: how many actions of the old chunk behind the committed ones have a say; None, as RTC has it, all. Both come from what was executed and what the scheduler has committed itself to, never from an estimated latency.
+    reach: how many actions of the old chunk behind the committed ones have a say; None, as RTC has it, all. Both come
+    from what was executed and what the scheduler has committed itself to, never from an estimated latency.
     """
     config, normalizer = given.bundle.config, given.bundle.action_normalizer
     targets = np.zeros((given.batch, config.horizon, config.action_dim), np.float32)

@@ -26,8 +26,9 @@ class ContinuedDecoder:
     reach: so many actions behind them go over from the last chunk to the new one by RTC's soft mask; None for as far as
     the last one goes, 0 leaves them as decoded. What the last one says there is older than what the new one has seen:
     the shipped bins join smoothly with 2, and lose success with more. inner: what finds the tokens, see `exactly`; it
-    changes how long that takes and nothing else. head: name of the token head, "" for the first. The ids are greedy's, the actions are not, so not exact; without a previous chunk
-    they are. Notes: inner's, and "moved", largest change of a committed action, normalised, by sample.
+    changes how long that takes and nothing else. head: name of the token head, "" for the first. The ids are greedy's,
+    the actions are not, so not exact; without a previous chunk they are. Notes: inner's, and "moved", largest change of
+    a committed action, normalised, by sample.
     """
 
     exact = False
