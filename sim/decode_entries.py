@@ -107,6 +107,7 @@ _LISTED = (
     Entry("forced bins", "forced", ("head=bins",), _BINS),
     Entry("continued bins", "continued", ("head=bins",), _BINS),
     Entry("jacobi bins, warm, pruned", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla"),
+    Entry("jacobi bins, warm, three quarters stay", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla keep=0.75"),
     Entry("jacobi bins, warm, pruned, reused", "jacobi", ("head=bins", "warm=true"), _BINS, "flashvla", "flashvla"),
     Entry("jacobi bins, warm, once reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_ONCE),
     Entry("jacobi bins, warm, often reused", "jacobi", ("head=bins", "warm=true"), _BINS, *_OFTEN),

@@ -32,9 +32,9 @@ class RealTimeDiffusionDecoder:
 
     The committed actions come back as they were committed. Behind them so many as `reach` says, None for as far as the
     old chunk goes, go over from it to the new one. Painting holds harder than guidance pulls: with all of them the
-    shipped head loses 9 points of success, with 1 none, and joins half as smoothly. Grippers follow it where the mask
-    is at least a half. Without a previous chunk it is DiffusionDecoder. Notes: "missed", by sample, largest distance,
-    normalised, of what was painted in from the committed actions: rounding.
+    shipped head loses 9 points of success, with 1 less than 2, and joins less smoothly. Grippers follow it where the
+    mask is at least a half. Without a previous chunk it is DiffusionDecoder. Notes: "missed", by sample, largest
+    distance, normalised, of what was painted in from the committed actions: rounding.
     """
 
     exact = False
