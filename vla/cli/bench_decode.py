@@ -319,19 +319,28 @@ def _scatter(points: list[tuple[dict[str, Any], float]], label: str, path: Path)
 
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
     middle = np.exp(np.mean(np.log([x for _, x in points])))
-    for number, (row, x) in enumerate(sorted(points, key=lambda point: point[1])):
+    for row, x in points:
         y, (low, high) = row["success_rate"], row["wilson_95"]
         axis.errorbar(x, 100 * y, yerr=[[100 * (y - low)], [100 * (high - y)]], fmt="o" if row["exact"] else "s",
                       markersize=4, linewidth=0.7)  # fmt: skip
-        # Names stand on the inner side of their points, in turn above and below.
-        side, align = (5, "left") if x < middle else (-5, "right")
-        axis.annotate(row["decoder"], (x, 100 * y), xytext=(side, (3, -9)[number % 2]), textcoords="offset points",
-                      fontsize=7, ha=align)  # fmt: skip
     axis.set_xscale("log")
     for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         which("{x:g}")
     axis.set_xlabel(label)
     axis.set_ylabel("success, %, 95 % interval")
     axis.grid(alpha=0.3)
+    figure.draw_without_rendering()  # from here on the axes stay where they are
+    taken: list[Any] = []
+    for row, x in sorted(points, key=lambda point: (point[1], point[0]["success_rate"])):
+        # Names stand on the inner side of their points, as near as others leave room.
+        side, align = (5, "left") if x < middle else (-5, "right")
+        name = axis.annotate(row["decoder"], (x, 100 * row["success_rate"]), xytext=(side, 0),
+                             textcoords="offset points", fontsize=7, ha=align, va="center")  # fmt: skip
+        for height in sorted(range(-40, 41, 4), key=abs):
+            name.set_position((side, height))
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
     figure.savefig(path, dpi=120)
     plt.close(figure)
