@@ -23,6 +23,7 @@ from vla.errors import ConfigError
 from vla.models.heads import HeadConfig
 from vla.models.suffix import TokenSuffix
 from vla.models.transformer import ExpertConfig, TransformerConfig
+from vla.models.vla import Vla
 from vla.policy import InferContext
 from vla.tokenizers import BinTokenizer
 
@@ -140,6 +141,7 @@ def test_a_pass_waits_for_the_device_once(setting, decoder, monkeypatch) -> None
     plain = [setting.decode(decoder, seed, prompt(seed, 1 + seed % 2))[0] for seed in range(4)]
     waits: list[Tensor] = []
     fetch = torch.Tensor.tolist
+    monkeypatch.setattr(Vla, "host_weights", lambda self, head: None)
     monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor) or fetch(tensor), raising=False)
     exits = []

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens, tensor_of
 
 
 class AutoregressiveDecoder(TokenDecoder):
@@ -25,8 +24,8 @@ class AutoregressiveDecoder(TokenDecoder):
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
         generators = [torch.Generator().manual_seed(hint.seed) for hint in hints] if self.temperature else []
 
-        def draw(logits: Tensor) -> list[list[int]]:
-            weights = (logits[:, 0] / self.temperature).softmax(dim=-1).cpu()
+        def draw(logits: Array) -> list[list[int]]:
+            weights = (tensor_of(logits)[:, 0] / self.temperature).softmax(dim=-1).cpu()
             return [[int(torch.multinomial(row, 1, generator=own))] for row, own in zip(weights, generators)]
 
         ids: list[list[int]] = [[] for _ in hints]
@@ -38,9 +37,9 @@ def one_by_one(
     suffix: TokenSuffix,
     grammar: Grammar,
     ids: list[list[int]],
-    choose: Callable[[Tensor], list[list[int]]],
+    choose: Callable[[Array], list[list[int]]],
     proceed: Callable[[list[int]], bool] = any,
-) -> list[Tensor]:
+) -> list[Array]:
     """Put tokens behind `ids`, one per pass and sample, until all chunks are complete.
 
     ids: per sample, what comes first, lists of one length; the suffix is empty. choose: constrained logits [B, 1, V] ->
@@ -49,7 +48,7 @@ def one_by_one(
     """
     remaining = [grammar.before_each(grammar.values, row)[-1] for row in ids]
     tokens = [[suffix.start_id, *row] for row in ids]
-    rows: list[Tensor] = []
+    rows: list[Array] = []
     while proceed(remaining):
         logits = suffix.logits(tokens)
         logits = grammar.constrain(logits if len(tokens[0]) == 1 else logits[:, -1:], [[left] for left in remaining])

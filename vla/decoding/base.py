@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +22,12 @@ from vla import configs
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.costs import pass_costs
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import Array, TokenSuffix, joined
 from vla.models.vla import Prefix
 from vla.policy import InferContext
 from vla.tokenizers import ActionTokenizer, BinTokenizer, FastTokenizer, valid_table
+
+_TOKENS: dict[type, str] = {BinTokenizer: "bins", FastTokenizer: "fast"}
 
 Notes = dict[str, float | list[float]]  # of a call, or by sample
 
@@ -49,12 +50,20 @@ class Grammar:
         self._free = len(set(self.lengths)) == 1 and self.lengths[0] > 0 and self.values % self.lengths[0] == 0
         self.bias = torch.where(torch.from_numpy(valid), 0.0, -torch.inf).to(device)
         self._rows = self.bias.unbind()  # of one token a view is taken, at a fraction of an indexed copy
+        self._host = self.bias.numpy() if self.bias.is_cpu else None
 
-    def constrain(self, logits: Tensor, remaining: Sequence[Sequence[int]]) -> Tensor:
+    def constrain(self, logits: Array, remaining: Sequence[Sequence[int]]) -> Array:
         """logits [B, Q, V] and the values still to come before each -> float32, with -inf where nothing fits."""
+        one = len(remaining) == len(remaining[0]) == 1
+        if isinstance(logits, np.ndarray):
+            if self._free:
+                return logits
+            assert self._host is not None
+            masked: np.ndarray = logits + self._host[remaining[0][0] if one else remaining]
+            return masked
         if self._free:
             return logits.float()
-        if len(remaining) == len(remaining[0]) == 1:
+        if one:
             return logits.float() + self._rows[remaining[0][0]]
         # Not torch.tensor(device=...): that waits until the pass is done.
         rows = torch.tensor(remaining).to(self.bias.device, non_blocking=True)
@@ -109,10 +118,10 @@ class DecodedTokens:
     probabilities: list[list[float]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, ids: list[list[int]], passes: int, rows: Sequence[Tensor], notes: Notes | None = None) -> DecodedTokens:
+    def of(cls, ids: list[list[int]], passes: int, rows: Sequence[Array], notes: Notes | None = None) -> DecodedTokens:
         """rows: the constrained logits [B, n, V] that the ids were chosen from, together as many as the longest."""
-        likely = probabilities(torch.cat(list(rows), dim=1), ids)
-        return cls(ids, passes, [fmean(row) for row in likely], notes or {}, likely)
+        likely = probabilities(rows, ids)
+        return cls(ids, passes, [sum(row) / len(row) for row in likely], notes or {}, likely)
 
 
 @dataclass(frozen=True)
@@ -280,12 +289,15 @@ def find_head(bundle: Bundle, name: str, kind: str, tokenizer: str = "") -> str:
     """The head called `name`, or the first of this kind, whose tokens are of kind `tokenizer` ("" for any);
     ConfigError when there is none."""
     heads = bundle.config.heads
-    made = {head.name: _tokens(bundle.action_tokenizers.get(head.name)) for head in heads}
-    fitting = [head.name for head in heads if head.kind == kind and tokenizer in ("", made[head.name])]
+
+    def made(head: str) -> str:
+        return _TOKENS.get(type(bundle.action_tokenizers.get(head)), "")
+
+    fitting = [head.name for head in heads if head.kind == kind and tokenizer in ("", made(head.name))]
     if (name and name not in fitting) or not fitting:
         wanted = f"a head of kind {kind!r}" + (f" over {tokenizer}" if tokenizer else "")
         wanted += f" named {name!r}" if name else ""
-        got = ", ".join(f"{head.name} ({' over '.join(filter(None, (head.kind, made[head.name])))})" for head in heads)
+        got = ", ".join(f"{head.name} ({' over '.join(filter(None, (head.kind, made(head.name))))})" for head in heads)
         remedy = f"Choose one of {', '.join(fitting)}." if fitting else f"Train one: vla train head=[...,{kind}]."
         if kind == "tokens" and not fitting:
             remedy = f"Train one: vla train head=[...,{tokenizer or 'fast'}]."
@@ -300,15 +312,19 @@ def check_length(bundle: Bundle, key: str, length: int, remedy: str) -> None:
         raise ConfigError(explain(key, f"at most {most}, the tokens of a chunk", length, remedy))
 
 
-def _tokens(tokenizer: ActionTokenizer | None) -> str:
-    return {BinTokenizer: "bins", FastTokenizer: "fast"}.get(type(tokenizer), "")
-
-
-def probabilities(logits: Tensor, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Probability of each chosen token, per sample, from constrained logits [B, n, V]; shorter lists are cut."""
-    width = logits.shape[1]
-    chosen = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=logits.device)
-    top = logits.softmax(dim=-1).gather(2, chosen[..., None])[..., 0].tolist()
+def probabilities(rows: Sequence[Array], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Probability of each chosen token, per sample, from constrained logits [B, n, V], together as many as the
+    longest list; shorter ones are cut."""
+    width = sum(row.shape[1] for row in rows)
+    filled = [[*row, *[0] * (width - len(row))] for row in ids]
+    logits = joined(rows)
+    if isinstance(logits, np.ndarray):
+        logits -= logits.max(axis=2, keepdims=True)
+        chosen = np.take_along_axis(logits, np.array(filled)[..., None], axis=2)
+        top = (np.exp(chosen)[..., 0] / np.exp(logits).sum(axis=2)).tolist()
+    else:
+        index = torch.tensor(filled, device=logits.device)[..., None]
+        top = logits.softmax(dim=-1).gather(2, index)[..., 0].tolist()
     return [row[: len(kept)] for row, kept in zip(top, ids)]
 
 

@@ -17,7 +17,7 @@ from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, Grammar, Hint, TokenDecoder
 from vla.decoding.speculative import Greedy, Proposal, allowed, speculate
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens, tensor_of
 
 
 class BlockwiseDecoder(TokenDecoder):
@@ -70,15 +70,15 @@ class Lookahead:
             for row, remaining, count in zip(guesses, left, counts)
         ]
 
-    def verify(self, rows: list[list[int]]) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Array:
         self.layers += self.suffix.depth
         self._begin, states = self.suffix.length, self.suffix.hidden(rows)
         if self.at_once:
             # Asked for before the logits of this pass: whoever has waited for those has waited for this copy too, and
             # that is what `speculate` does before it asks for guesses.
-            self._states = self._guessed(states).argmax(dim=-1).to("cpu", non_blocking=True)
+            self._states = self._guessed(tensor_of(states)).argmax(dim=-1).to("cpu", non_blocking=True)
         else:
-            self._states = states
+            self._states = tensor_of(states)
         return self.suffix.out(states)
 
     def _guessed(self, states: Tensor) -> Tensor:

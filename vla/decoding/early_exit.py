@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from scipy.special import betaln, expit
-from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, Grammar, Hint, Notes, TokenDecoder, find_head
 from vla.errors import ConfigError, explain
 from vla.models.heads import HeadConfig
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens, joined, tensor_of
 from vla.models.vla import Prefix
 
 # (sample, confidence of each token since its last synchronisation, whether the whole model agrees with its exit)
@@ -112,17 +111,19 @@ def exit_of(head: HeadConfig, depth: int, layer: int, key: str = "decoder.layer"
     return at
 
 
-def leading(logits: Tensor) -> tuple[list[list[int]], list[float]]:
+def leading(logits: Array) -> tuple[list[list[int]], list[float]]:
     """Constrained logits [B, 1, V] -> the most probable token of each sample, in a list of its own, and how far its
     probability is above the next one's. One wait for the device."""
-    likely = logits[:, 0].softmax(dim=-1, dtype=torch.float32).topk(2).values
-    if logits.is_cpu and logits.dtype == torch.float32:  # nothing to wait for, and half the calls
-        chosen, rows = best_tokens(logits), likely.tolist()
-    else:  # ids are exact as float32 up to 2^24, as bfloat16 up to 2^8 only
-        best = logits[:, 0].argmax(dim=-1, keepdim=True)
-        packed = torch.cat((best.float(), likely), dim=1).tolist()
-        chosen, rows = [[int(row[0])] for row in packed], [row[1:] for row in packed]
-    return chosen, [first - second for first, second in rows]
+    if isinstance(logits, np.ndarray):
+        last = logits[:, 0]
+        likely = np.exp(last - last.max(axis=1, keepdims=True))
+        totals, chosen, samples = likely.sum(axis=1), last.argmax(axis=1), np.arange(len(last))
+        likely[samples, chosen] = 0
+        return chosen[:, None].tolist(), ((1 - likely.max(axis=1)) / totals).tolist()
+    best = logits[:, 0].argmax(dim=-1, keepdim=True)
+    two = logits[:, 0].softmax(dim=-1, dtype=torch.float32).topk(2).values
+    rows = torch.cat((best.float(), two), dim=1).tolist()  # ids are exact as float32 up to 2^24
+    return [[int(row[0])] for row in rows], [row[1] - row[2] for row in rows]
 
 
 def synchronised(
@@ -139,8 +140,8 @@ def synchronised(
     remaining = [grammar.values] * suffix.batch
     shallow, rest = range(layer), range(layer, suffix.depth)
     chosen = [[suffix.start_id] for _ in samples]
-    rows: list[Tensor] = []
-    waiting: list[tuple[Tensor, list[list[int]], list[int]]] = []  # hidden [B, 1, D], its choices, values then to come
+    rows: list[Array] = []
+    waiting: list[tuple[Array, list[list[int]], list[int]]] = []  # hidden [B, 1, D], its choices, values then to come
     sure: list[list[float]] = [[] for _ in samples]
     agreed: list[list[bool]] = [[] for _ in samples]
     layers, deepened = 0, [0] * suffix.batch
@@ -159,7 +160,7 @@ def synchronised(
             deepened[sample] += 1
         if unsure:
             states, guesses, before = zip(*waiting)
-            deep = suffix.through(torch.cat(states, dim=1), suffix.length, rest)
+            deep = suffix.through(joined(states), suffix.length, rest)
             layers += len(rest)
             suffix.advance(len(waiting))
             if observe is None:
@@ -179,7 +180,7 @@ def synchronised(
                 logits = whole[:, -1:]
             else:
                 picked = torch.tensor(unsure).to(suffix.device, non_blocking=True)
-                logits = logits.index_copy(0, picked, whole[picked, -1:])
+                logits = tensor_of(logits).index_copy(0, picked, tensor_of(whole)[picked, -1:])
             chosen = [said[sample][-1:] if sample in unsure else chosen[sample] for sample in samples]
         rows.append(logits)
         remaining = [grammar.append(*sample) for sample in zip(ids, remaining, chosen)]

@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-from torch import Tensor
-
 from vla.decoding.autoregressive import one_by_one
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, encoded_again, probabilities
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens
 
 
 class ForcedPrefixDecoder(TokenDecoder):
@@ -44,7 +41,7 @@ class ForcedPrefixDecoder(TokenDecoder):
         common = min(len(draft) for draft in forced)  # the cache has one length: what all have forced goes in at once
         ids = [list(draft[:common]) for draft in forced]
 
-        def choose(logits: Tensor) -> list[list[int]]:
+        def choose(logits: Array) -> list[list[int]]:
             return [
                 [draft[len(row)]] if len(row) < len(draft) else best
                 for draft, row, best in zip(forced, ids, best_tokens(logits))
@@ -53,7 +50,7 @@ class ForcedPrefixDecoder(TokenDecoder):
         rows = one_by_one(suffix, grammar, ids, choose)
         confidence = [1.0] * len(ids)
         if rows:
-            sure = probabilities(torch.cat(rows, dim=1), [row[common:] for row in ids])
+            sure = probabilities(rows, [row[common:] for row in ids])
             chosen = [row[len(draft) - common :] for row, draft in zip(sure, forced)]
             confidence = [fmean(row) if row else 1.0 for row in chosen]
         return DecodedTokens(ids, len(rows), confidence, {"forced": [float(len(draft)) for draft in forced]})

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
 from vla.decoding.costs import best_length, pass_costs
 from vla.errors import ConfigError, explain
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens
 
 
 class JacobiDecoder(TokenDecoder):
@@ -84,7 +82,7 @@ def jacobi(
     known = [[suffix.start_id] for _ in guesses]  # what stands and is not in the cache
     # What a cold draft starts from hardly matters as long as it is a token that the model has seen there.
     ahead = [[*guess, *[0] * (window - len(guess))] for guess in guesses]
-    rows: list[tuple[Tensor, int]] = []
+    rows: list[tuple[Array, int]] = []
     end = tries = passes = 0
     while any(remaining):
         base, fed = suffix.length, len(known[0])

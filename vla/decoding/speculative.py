@@ -28,7 +28,7 @@ from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, Notes, 
 from vla.decoding.costs import best_length, pass_costs
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
-from vla.models.suffix import TokenSuffix, best_tokens
+from vla.models.suffix import Array, TokenSuffix, best_tokens, joined, tensor_of
 
 DRAFTS = ("previous", "shallow", "head")
 
@@ -163,7 +163,7 @@ class Greedy:
     def __init__(self, distance: int = 0):
         self.distance = distance
 
-    def rows(self, logits: Tensor) -> Any:
+    def rows(self, logits: Array) -> Any:
         """Constrained logits [B, Q, V] -> what `draw` and `judge` take, at [sample][place]; waits for the device."""
         return best_tokens(logits)
 
@@ -183,8 +183,8 @@ class Drawn:
         self.temperature = temperature
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def rows(self, logits: Tensor) -> Any:
-        return (logits / self.temperature).softmax(dim=-1).cpu()
+    def rows(self, logits: Array) -> Any:
+        return (tensor_of(logits) / self.temperature).softmax(dim=-1).cpu()
 
     def draw(self, row: Any, sample: int) -> tuple[int, Tensor | None]:
         return int(torch.multinomial(row, 1, generator=self._generators[sample])), row
@@ -218,7 +218,7 @@ class Drafter(Protocol):
         draft tokens are wanted, at most. A drafter may stop early, but not because of what it drew."""
         ...
 
-    def verify(self, rows: list[list[int]]) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Array:
         """[B][Q], what comes behind the cache -> logits [B, Q, V]; the cache advances by Q."""
         ...
 
@@ -249,7 +249,7 @@ class Previous:
             out.append(Proposal(allowed(self.grammar, remaining, draft[index : index + count])))
         return out
 
-    def verify(self, rows: list[list[int]]) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Array:
         self.layers += self.suffix.depth
         return self.suffix.logits(rows)
 
@@ -260,7 +260,7 @@ class Shallow:
     def __init__(self, suffix: TokenSuffix, grammar: Grammar, choice: Greedy | Drawn, shallow: int):
         self.suffix, self.grammar, self.choice, self.shallow = suffix, grammar, choice, shallow
         self.drawn, self.layers = isinstance(choice, Drawn), 0
-        self._states: list[Tensor] = []  # of what went through the shallow layers since the cache advanced
+        self._states: list[Array] = []  # of what went through the shallow layers since the cache advanced
 
     def propose(self, tokens: list[list[int]], left: list[int], counts: list[int]) -> list[Proposal]:
         self._states = []
@@ -269,15 +269,15 @@ class Shallow:
             lambda ids: self.suffix.read(self._enter(ids)[:, -1:]),
         )  # fmt: skip
 
-    def verify(self, rows: list[list[int]]) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Array:
         suffix, entered = self.suffix, sum(state.shape[1] for state in self._states)
         self._enter([row[entered:] for row in rows])
-        x = suffix.through(torch.cat(self._states, dim=1), suffix.length, range(self.shallow, suffix.depth))
+        x = suffix.through(joined(self._states), suffix.length, range(self.shallow, suffix.depth))
         self.layers += suffix.depth - self.shallow
         suffix.advance(len(rows[0]))
         return suffix.read(x)
 
-    def _enter(self, ids: list[list[int]]) -> Tensor:
+    def _enter(self, ids: list[list[int]]) -> Array:
         """[B][n], the next ones -> their states after the shallow layers."""
         at = self.suffix.length + sum(state.shape[1] for state in self._states)
         self._states.append(self.suffix.through(self.suffix.embed(ids), at, range(self.shallow)))
@@ -302,21 +302,21 @@ class Small:
         small.truncate(self.suffix.length)  # what it read of a draft that was rejected
         rows = [row[small.length :] for row in tokens]
 
-        def step(ids: list[list[int]]) -> Tensor:
+        def step(ids: list[list[int]]) -> Array:
             self.layers += small.depth
             # The small head starts with its own start token: that it has the same number is what `check` sees to.
             return small.logits(ids)[:, -1:]
 
         return stepwise(rows, left, counts, self.grammar, self.choice, step)
 
-    def verify(self, rows: list[list[int]]) -> Tensor:
+    def verify(self, rows: list[list[int]]) -> Array:
         self.layers += self.suffix.depth
         return self.suffix.logits(rows)
 
 
 def stepwise(
     rows: list[list[int]], left: list[int], counts: list[int], grammar: Grammar, choice: Greedy | Drawn,
-    step: Callable[[list[list[int]]], Tensor],
+    step: Callable[[list[list[int]]], Array],
 ) -> list[Proposal]:  # fmt: skip
     """Draft token by token. rows: per sample, known tokens that the drafting model has not read yet.
 
@@ -362,7 +362,7 @@ def speculate(
     """Propose, verify, settle, until all chunks are complete; the cache then holds all tokens but the last of each."""
     tokens = [[suffix.start_id] for _ in range(batch)]
     left = [[grammar.values] for _ in range(batch)]  # values still to come after each token
-    rows: list[tuple[Tensor, int]] = []
+    rows: list[tuple[Array, int]] = []
     accepted, judged = [0] * batch, [0] * batch
 
     def unfinished(sample: int) -> bool:

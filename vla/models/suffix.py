@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vla.models.heads import HybridHead, TokenHead
-from vla.models.host import MOST_TOKENS
+from vla.models.host import MOST_TOKENS, HostSuffix
 from vla.models.vla import Prefix, Vla
 
 Ids = Tensor | Sequence[Sequence[int]]
+Array = Tensor | np.ndarray  # of a pass: numpy's where it ran on the host, see `TokenSuffix.logits`
 
 
 class TokenSuffix:
@@ -55,80 +56,93 @@ class TokenSuffix:
     def room(self) -> int:
         return self.prefix.cache.capacity - self._start
 
-    def logits(self, ids: Ids, both_ways: bool = False) -> Tensor:
+    def logits(self, ids: Ids, both_ways: bool = False) -> Array:
         """Logits after each of Q new input tokens, written behind what the cache holds. int64[B, Q] -> [B, Q, V].
 
-        ids may be lists: where a pass runs on the host, making a tensor of them would be a tenth of it. Causal among
-        the new tokens unless both_ways. The cache advances by Q; roll back with `truncate`.
+        ids in lists make numpy's arrays where the pass runs on the host, which everything behind it then takes as they
+        are: to make tensors of both would be a tenth of the pass. Ids in a tensor make tensors. Causal among the new
+        tokens unless both_ways. The cache advances by Q; roll back with `truncate`.
         """
-        count = _count(ids)
-        if self.host is not None and count <= MOST_TOKENS:
-            return torch.from_numpy(self.host.read(self._on_host(ids, count, both_ways))[None])
-        return self.head.logits(self.hidden(ids, both_ways))
+        return self.out(self.hidden(ids, both_ways))
 
-    def embed(self, ids: Ids) -> Tensor:
+    def embed(self, ids: Ids) -> Array:
         """What a pass over tokens begins with, for `through`: int64[B, Q] -> [B, Q, D]."""
-        if self.host is not None and not isinstance(ids, Tensor):
-            return torch.from_numpy(self.host.weights.embedding[ids])
-        return self.head.embed(self._tensor(ids))
+        if isinstance(ids, Tensor):
+            return self.head.embed(ids)
+        if self.host is not None:
+            return self.host.weights.embedding[ids]
+        return self.head.embed(torch.tensor(ids, device=self.device))
 
-    def hidden(self, ids: Ids, both_ways: bool = False) -> Tensor:
+    def hidden(self, ids: Ids, both_ways: bool = False) -> Array:
         """As `logits`, before the read-out: [B, Q, D]."""
-        count = _count(ids)
-        if self.host is not None and count <= MOST_TOKENS:
-            return torch.from_numpy(self._on_host(ids, count, both_ways)[None])
-        x = self.head.embed(self._tensor(ids))
-        x = self.model.extend(self.prefix, self.expert, x, self.lead + self.length, both_ways)
-        self.prefix.cache.advance(count)
-        return self.model.transformer.finish(self.expert, x)
-
-    def _on_host(self, ids: Ids, count: int, both_ways: bool) -> np.ndarray:
-        assert self.host is not None
-        start = self.prefix.cache.length
-        row = ids[0].tolist() if isinstance(ids, Tensor) else ids[0]
-        hidden = self.host.hidden(self.host.weights.embedding[row], start - self.prefix.length, start, both_ways)
+        x = self.embed(ids)
+        count, start = x.shape[1], self.prefix.cache.length
+        if host := self._host_for(count):
+            rows = host.hidden(host_array(x)[0], start - self.prefix.length, start, both_ways)
+            hidden = like(x, rows[None])
+        else:
+            x = self.model.extend(self.prefix, self.expert, tensor_of(x), start - self.prefix.length, both_ways)
+            hidden = self.model.transformer.finish(self.expert, x)
         self.prefix.cache.advance(count)
         return hidden
-
-    def _tensor(self, ids: Ids) -> Tensor:
-        return ids if isinstance(ids, Tensor) else torch.tensor(ids, device=self.device)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         self.prefix.cache.truncate(self._start + length)
 
     # ---- a part of the depth at a time, for early exits ----
-    def through(self, x: Tensor, at: int, layers: range) -> Tensor:
+    def through(self, x: Array, at: int, layers: range) -> Array:
         """Run x [B, Q, D], tokens number `at` and on, through some layers into the cache; lengths stay as they are."""
-        if self.host is not None and x.shape[1] <= MOST_TOKENS:
+        if host := self._host_for(x.shape[1]):
             start = self._start + at
-            return torch.from_numpy(self.host.through(x[0].numpy(), start - self.prefix.length, start, layers))[None]
-        return self.model.extend(self.prefix, self.expert, x, self.lead + at, layers=layers)
+            return like(x, host.through(host_array(x)[0], start - self.prefix.length, start, layers)[None])
+        return self.model.extend(self.prefix, self.expert, tensor_of(x), self.lead + at, layers=layers)
 
     def advance(self, count: int) -> None:
         """Count tokens in that `through` has written at every layer."""
         self.prefix.cache.advance(count)
 
-    def out(self, hidden: Tensor) -> Tensor:
+    def out(self, hidden: Array) -> Array:
         """What `hidden` gave -> logits: [B, Q, D] -> [B, Q, V]."""
-        if self.host is not None and hidden.shape[1] <= MOST_TOKENS:
-            return torch.from_numpy(self.host.read(hidden[0].numpy()))[None]
-        return self.head.logits(hidden)
+        if host := self._host_for(hidden.shape[1]):
+            return like(hidden, host.read(host_array(hidden)[0])[None])
+        return self.head.logits(tensor_of(hidden))
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Array) -> Array:
         """Hidden states after any layer -> logits, by the one final norm and read-out: [B, Q, D] -> [B, Q, V]."""
-        if self.host is not None and x.shape[1] <= MOST_TOKENS:
-            return torch.from_numpy(self.host.read(self.host.finish(x[0].numpy())))[None]
-        return self.head.logits(self.model.transformer.finish(self.expert, x))
+        if host := self._host_for(x.shape[1]):
+            return like(x, host.read(host.finish(host_array(x)[0]))[None])
+        return self.head.logits(self.model.transformer.finish(self.expert, tensor_of(x)))
+
+    def _host_for(self, count: int) -> HostSuffix | None:
+        return self.host if count <= MOST_TOKENS else None
 
 
-def _count(ids: Ids) -> int:
-    return ids.shape[1] if isinstance(ids, Tensor) else len(ids[0])
+# ---- arrays of either kind ----
+def tensor_of(x: Array) -> Tensor:
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
-def best_tokens(logits: Tensor) -> list[list[int]]:
+def host_array(x: Array) -> np.ndarray:
+    """float32 that lies on the host already."""
+    return x if isinstance(x, np.ndarray) else x.numpy()
+
+
+def like(x: Array, made: np.ndarray) -> Array:
+    """What was made of x, as x is."""
+    return made if isinstance(x, np.ndarray) else torch.from_numpy(made)
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """[B, n, ...] each -> [B, n in all, ...]; of numpy's if all are, or if none is on another device."""
+    if any(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate([host_array(part) for part in parts], axis=1)
+    return torch.cat([tensor_of(part) for part in parts], dim=1)
+
+
+def best_tokens(logits: Array) -> list[list[int]]:
     """The most probable ones, [B, Q, V] -> B lists of Q; the one wait for the device that a greedy pass needs."""
-    if logits.is_cpu and logits.dtype == torch.float32:  # on a few rows numpy is several times as fast
-        out: list[list[int]] = logits.numpy().argmax(axis=-1).tolist()
-        return out
-    return logits.argmax(dim=-1).tolist()
+    if isinstance(logits, Tensor) and logits.is_cpu and logits.dtype == torch.float32:
+        logits = logits.numpy()  # on a few rows numpy is several times as fast
+    best: list[list[int]] = logits.argmax(-1).tolist()
+    return best

@@ -102,6 +102,11 @@ class FastTokenizer:
             self._pieces = [token.encode() for token in self._vocab]
         self.token_lengths = np.array([self._whole_length(piece) for piece in self._pieces], np.int64)
         self.token_lengths.setflags(write=False)
+        # What a whole token stands for; () of one that has no meaning by itself.
+        self._integers = [
+            np.array([ord(c) + self.min_token for c in piece.decode()] if length else [], np.int64)
+            for piece, length in zip(self._pieces, self.token_lengths)
+        ]
 
     @classmethod
     def load(cls, path: str | Path) -> FastTokenizer:
@@ -214,18 +219,17 @@ class FastTokenizer:
                 explain("horizon, action_dim", "integers >= 1", (horizon, action_dim), "Pass the chunk shape.")
             )
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        text = b"".join([self._pieces[i] for i in known]).decode("utf-8", errors="replace")
-        repaired = len(ids) - len(known)
         size = horizon * action_dim
-        repaired += abs(len(text) - size)
-        codes = np.frombuffer(text[:size].encode("utf-32-le"), "<u4")
-        damaged = codes == ord(_REPLACEMENT)
-        integers = np.zeros(size, np.int64)
-        integers[: len(codes)] = np.where(damaged, 0, codes.astype(np.int64) + self.min_token)
-        clamped = np.minimum(np.maximum(integers, self.lower), self.upper)
-        repaired += int(np.count_nonzero(damaged)) + int(np.count_nonzero(clamped != integers))
+        whole = [self._integers[i] for i in known]
+        if whole and all(map(len, whole)):
+            integers, mended = np.concatenate(whole), 0
+        else:
+            integers, mended = self._mended(known, size)
+        repaired = len(ids) - len(known) + abs(len(integers) - size) + mended
+        if len(integers) != size:
+            integers = np.concatenate((integers[:size], np.zeros(max(0, size - len(integers)), np.int64)))
         # float64, as the reference decodes; only the result is float32
-        coefficients = clamped.reshape(horizon, action_dim) / self.scale
+        coefficients = integers.reshape(horizon, action_dim) / self.scale
         return (_inverse(horizon) @ coefficients).astype(np.float32), repaired
 
     def valid_next(self, remaining: int) -> np.ndarray:
@@ -277,6 +281,15 @@ class FastTokenizer:
         }
         write_text(folder / _TOKENIZER_FILE, text)
         write_text(folder / _CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+    def _mended(self, ids: Sequence[int], size: int) -> tuple[np.ndarray, int]:
+        """Integers of any known ids, and how many of the first `size` had to be mended."""
+        text = b"".join([self._pieces[i] for i in ids]).decode("utf-8", errors="replace")
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        damaged = codes == ord(_REPLACEMENT)
+        integers = np.where(damaged, 0, codes.astype(np.int64) + self.min_token)
+        clamped = np.minimum(np.maximum(integers, self.lower), self.upper)
+        return clamped, int(np.count_nonzero((damaged | (clamped != integers))[:size]))
 
     def _whole_length(self, piece: bytes) -> int:
         """Integers in a token; 0 when it cuts a character or holds an integer that decode would clamp."""
