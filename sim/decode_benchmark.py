@@ -113,7 +113,7 @@ def row(
 
     costs, paces, reports: of all entries, by name; episodes are those of the entry itself, or of its reference where it
     equals that. What compares with a reference that was not measured is None. Inferences that run no model count in all
-    but decode_ms, tokens and overhead; no observation is refreshed by them. moving: share of an action's values that
+    but decode_ms, tokens and overheads; no observation is refreshed by them. moving: share of an action's values that
     ever move; where a token is a value, tokens per pass leave out the others, which nobody has to guess.
     """
     cost, base = costs[entry.name], costs.get(entry.reference or entry.name)
@@ -141,7 +141,7 @@ def row(
     spoken, passes = cost.tokens.any(), max(1, cost.passes.sum())
     counted = sum(len(ids) * (moving if len(ids) == x.size else 1) for ids, x in zip(cost.ids, cost.actions))
     agreement = agreement_of(cost.tokens.sum() / passes, window) if window > 1 and "agreement" in config else None
-    outside = cost.decode_ms.sum() / max(1e-9, cost.pass_ms.sum()) - 1
+    in_passes = max(1e-9, cost.pass_ms.sum())
     return {
         "decoder": entry.name,
         "config": config,
@@ -156,7 +156,8 @@ def row(
         "ms_per_chunk": spread_ms,
         "decode_ms": percentiles(cost.decode_ms, (50, 95)),
         "first_action_ms": spread_ms,  # the loop takes a chunk as a whole
-        "overhead": round(float(outside), 4) if spoken else None,
+        "overhead": round(float(cost.decode_ms.sum() / in_passes - 1), 4) if spoken else None,
+        "overhead_between": round(float(cost.between_ms.sum() / in_passes), 4) if spoken else None,
         "tokens_per_s": round(float(cost.tokens.sum() / (cost.decode_ms.sum() / 1e3)), 1) if spoken else None,
         "executed_per_inference": round(pace.executed, 3),
         "actions_per_s": round(speed[entry.name], 1),

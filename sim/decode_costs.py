@@ -60,16 +60,17 @@ _COUNTS: dict[Any, Callable[..., int]] = {
 class Cost:
     """What one decoder took per observation. On a GPU times are of work that is done, not of its launch.
 
-    total_ms: image and text handling, prefix and decoding. pass_ms: the part of decode_ms inside passes over
-    tokens. actions: normalised, [T, A] each. repaired: tokens or values that had to be mended, all chunks together.
-    flops: per chunk. prefix_flops: of those, what the prefix takes in the transformer. flips: share of chunks in which
-    bf16 makes an exact decoder differ from greedy, None where not counted. notes: what the decoder noted, mean over the
-    chunks where it did.
+    total_ms: image and text handling, prefix and decoding. pass_ms: the part of decode_ms inside passes over tokens.
+    between_ms: the part of decode_ms between two passes. actions: normalised, [T, A] each. repaired: tokens or values
+    that had to be mended, all chunks together. flops: per chunk. prefix_flops: of those, what the prefix takes in the
+    transformer. flips: share of chunks in which bf16 makes an exact decoder differ from greedy, None where not counted.
+    notes: what the decoder noted, mean over the chunks where it did.
     """
 
     total_ms: np.ndarray
     decode_ms: np.ndarray
     pass_ms: np.ndarray
+    between_ms: np.ndarray
     passes: np.ndarray
     tokens: np.ndarray
     repaired: int
@@ -137,6 +138,24 @@ def observations(policy: VlaPolicy, config: EvalConfig, count: int) -> tuple[See
     return recording.seen[:count], Pace(0.0).of(Report({}, tuple(episodes)))
 
 
+@dataclass
+class PassWatch:
+    """Milliseconds inside passes, and between them, since `reset`."""
+
+    ms: float = 0.0
+    between_ms: float = 0.0
+    end: float | None = None  # of the last one
+
+    def count(self, begin: float, end: float) -> None:
+        """One pass, in seconds of one clock."""
+        self.ms += (end - begin) * 1e3
+        self.between_ms += 0.0 if self.end is None else (begin - self.end) * 1e3
+        self.end = end
+
+    def reset(self) -> None:
+        self.ms, self.between_ms, self.end = 0.0, 0.0, None
+
+
 class _Run:
     """One entry on its way through the observations: what it remembers, what it was told, and what it took."""
 
@@ -145,17 +164,17 @@ class _Run:
         self._policy, self._around = policy, self.parts.around(policy)
         self._last: InferResult | None = None
         self.told: list[tuple[Observation, InferContext]] = []
-        self.took: list[tuple[InferResult, float]] = []
+        self.took: list[tuple[InferResult, PassWatch]] = []
 
-    def step(self, observation: Observation, context: InferContext, passes: Any) -> None:
+    def step(self, observation: Observation, context: InferContext, passes: PassWatch) -> None:
         self._policy.decoder, self._policy.selection = self.parts.decoder, self.parts.pruning
         if self._last is not None:
             context = _running(context, self._last)
-        before = passes.ms
+        passes.reset()
         result = self._around.infer_batch([observation], [context])[0]
         self._last = result
         self.told.append((observation, context))
-        self.took.append((result, passes.ms - before))
+        self.took.append((result, replace(passes)))
 
     def cost(self, bundle: Bundle, flops: float, flips: float | None) -> Cost:
         reports = [result.report for result, _ in self.took]
@@ -163,7 +182,8 @@ class _Run:
         return Cost(
             np.array([report.times_ms["total"] for report in reports]),
             np.array([report.times_ms["decode"] for report in reports]),
-            np.array([ms for _, ms in self.took]),
+            np.array([passes.ms for _, passes in self.took]),
+            np.array([passes.between_ms for _, passes in self.took]),
             np.array([report.passes for report in reports]),
             np.array([len(report.ids) for report in reports]),
             sum(report.repaired for report in reports),
@@ -256,16 +276,13 @@ def _in_torch() -> Iterator[None]:
 
 
 @contextmanager
-def _timed_passes(device: torch.device) -> Iterator[Any]:
-    """Adds up, in `ms`, the time spent in the model behind the prefix: the rest of decoding is the decoder's own.
+def _timed_passes(device: torch.device) -> Iterator[PassWatch]:
+    """Watches the model behind the prefix: the rest of decoding is the decoder's own.
 
     A GPU is waited for before and after each pass, and behind the prefix, so that decoding begins when it is done.
     """
 
-    class Watch:
-        ms = 0.0
-
-    watch, inside = Watch(), [False]
+    watch, inside = PassWatch(), [False]
 
     def now() -> float:
         if device.type == "cuda":
@@ -281,7 +298,7 @@ def _timed_passes(device: torch.device) -> Iterator[Any]:
                 return method(*args, **kwargs)
             finally:
                 inside[0] = False
-                watch.ms += (now() - begin) * 1e3
+                watch.count(begin, now())
 
         return run
 

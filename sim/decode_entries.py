@@ -98,6 +98,12 @@ _LISTED = (
     Entry("relaxed bins", "relaxed", ("head=bins",), _BINS),
     Entry("relaxed bins, 1 apart", "relaxed", ("head=bins", "distance=1"), _BINS),
     Entry("relaxed bins, draft head", "relaxed", ("head=bins", "draft=head", "draft_head=draft", "length=4"), _BINS),
+    Entry(
+        "relaxed bins, draft head, 1 apart",
+        "relaxed",
+        ("head=bins", "draft=head", "draft_head=draft", "length=4", "distance=1"),
+        _BINS,
+    ),
     Entry("relaxed bins, shallow", "relaxed", ("head=bins", "draft=shallow", "length=4"), _BINS),
     Entry("early exit bins", "early_exit", ("head=bins",), _BINS),
     Entry("early exit bins, adaptive", "early_exit_adaptive", ("head=bins",), _BINS),

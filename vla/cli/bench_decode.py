@@ -23,7 +23,8 @@ Hz: observations that were looked at over it; tokens/s: over decoding time. x bi
 of those. Executed: actions per inference, in the episodes of the observations, or, where a line reuses chunks, in 20 of
 its own or all that ran for success. Greedy is measured twice: how far 'again' is from 1.00 is noise. Tokens per pass
 leave out values that never moved in the demonstrations. Layers: that ran, where a pass is not the whole depth.
-Overhead: decoding time outside of the passes, in percent of them. Repaired: tokens of all chunks. Averaged: chunks in
+Overhead: decoding time outside of the passes, in percent of them; between: the part of it that lies between two passes,
+the rest comes once per chunk, before the first and behind the last. Repaired: tokens of all chunks. Averaged: chunks in
 which an ensemble took the mean. Agreement: what the decoders' setting of that name should be here. Anytime FAST gets
 the deadline that cuts about half of the values. Exact decoders run no episodes: they give greedy's actions; the share
 of equal chunks is printed, and how many differ with the model in bf16. The others run the same seeds as greedy of their
@@ -191,7 +192,7 @@ def _progress(console: Any, name: str, total: int) -> Iterator[Any]:
 
 COSTS: tuple[str, ...] = (
     "decoder", "exact", "passes", "layers", "tokens/pass", "ms p50 / p95", "x bins", "x FAST", "tokens/s", "actions/s",
-    "Hz", "overhead",
+    "Hz", "overhead", "between",
 )  # fmt: skip
 WORK: tuple[str, ...] = (
     "decoder", "MFLOP", "of the prefix", "executed", "reused", "repaired", "averaged", "agreement", "equal",
@@ -207,6 +208,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
         _number(row["tokens_per_pass"], 1), f"{row['ms_per_chunk']['p50']:.1f} / {row['ms_per_chunk']['p95']:.1f}",
         *(_number(row["speedups"].get(name), 2) for name in REFERENCES), _number(row["tokens_per_s"], 0),
         f"{row['actions_per_s']:.0f}", f"{row['refresh_hz']:.1f}", _percent(row["overhead"]),
+        _percent(row["overhead_between"]),
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from vla import configs
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.costs import pass_costs
 from vla.errors import ConfigError, explain
+from vla.models.heads import HeadConfig
 from vla.models.suffix import Array, TokenSuffix, joined
 from vla.models.vla import Prefix
 from vla.policy import InferContext
@@ -261,7 +262,7 @@ def detokenized(bundle: Bundle, head: str, out: DecodedTokens) -> Decoded:
     config, tokenizer = bundle.config, bundle.action_tokenizers[head]
     pairs = [tokenizer.decode_report(ids, config.horizon, config.action_dim) for ids in out.ids]
     return Decoded(
-        np.stack([actions for actions, _ in pairs]), out.passes, [tuple(ids) for ids in out.ids],
+        np.array([actions for actions, _ in pairs]), out.passes, [tuple(ids) for ids in out.ids],
         [repaired for _, repaired in pairs], out.confidence, out.notes,
     )  # fmt: skip
 
@@ -293,16 +294,20 @@ def find_head(bundle: Bundle, name: str, kind: str, tokenizer: str = "") -> str:
     def made(head: str) -> str:
         return _TOKENS.get(type(bundle.action_tokenizers.get(head)), "")
 
-    fitting = [head.name for head in heads if head.kind == kind and tokenizer in ("", made(head.name))]
-    if (name and name not in fitting) or not fitting:
-        wanted = f"a head of kind {kind!r}" + (f" over {tokenizer}" if tokenizer else "")
-        wanted += f" named {name!r}" if name else ""
-        got = ", ".join(f"{head.name} ({' over '.join(filter(None, (head.kind, made(head.name))))})" for head in heads)
-        remedy = f"Choose one of {', '.join(fitting)}." if fitting else f"Train one: vla train head=[...,{kind}]."
-        if kind == "tokens" and not fitting:
-            remedy = f"Train one: vla train head=[...,{tokenizer or 'fast'}]."
-        raise ConfigError(explain("decoder.head", wanted, got, remedy))
-    return name or fitting[0]
+    def fits(head: HeadConfig) -> bool:
+        return head.kind == kind and tokenizer in ("", made(head.name))
+
+    for head in heads:
+        if name in ("", head.name) and fits(head):
+            return head.name
+    fitting = [head.name for head in heads if fits(head)]
+    wanted = f"a head of kind {kind!r}" + (f" over {tokenizer}" if tokenizer else "")
+    wanted += f" named {name!r}" if name else ""
+    got = ", ".join(f"{head.name} ({' over '.join(filter(None, (head.kind, made(head.name))))})" for head in heads)
+    remedy = f"Choose one of {', '.join(fitting)}." if fitting else f"Train one: vla train head=[...,{kind}]."
+    if kind == "tokens" and not fitting:
+        remedy = f"Train one: vla train head=[...,{tokenizer or 'fast'}]."
+    raise ConfigError(explain("decoder.head", wanted, got, remedy))
 
 
 def check_length(bundle: Bundle, key: str, length: int, remedy: str) -> None:
@@ -319,9 +324,10 @@ def probabilities(rows: Sequence[Array], ids: Sequence[Sequence[int]]) -> list[l
     filled = [[*row, *[0] * (width - len(row))] for row in ids]
     logits = joined(rows)
     if isinstance(logits, np.ndarray):
-        logits -= logits.max(axis=2, keepdims=True)
-        chosen = np.take_along_axis(logits, np.array(filled)[..., None], axis=2)
-        top = (np.exp(chosen)[..., 0] / np.exp(logits).sum(axis=2)).tolist()
+        odds = logits[0]  # on the host a batch is one
+        odds -= odds.max(axis=1, keepdims=True)
+        np.exp(odds, out=odds)
+        top = [(odds[np.arange(width), filled[0]] / odds.sum(axis=1)).tolist()]
     else:
         index = torch.tensor(filled, device=logits.device)[..., None]
         top = logits.softmax(dim=-1).gather(2, index)[..., 0].tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -53,8 +54,14 @@ def settled_per_pass(length: int | np.ndarray, agreement: float) -> np.ndarray:
 def best_length(costs: Mapping[int, float], agreement: float) -> int:
     """The length of a block with the most settled tokens per millisecond; costs between measured lengths are
     interpolated."""
-    lengths = np.arange(1, max(costs) + 1)
-    ms = np.interp(lengths, list(costs), list(costs.values()))
+    return _best_length(tuple(costs.items()), agreement)
+
+
+@lru_cache(maxsize=64)  # asked before every chunk
+def _best_length(costs: tuple[tuple[int, float], ...], agreement: float) -> int:
+    counts, known = zip(*costs)
+    lengths = np.arange(1, max(counts) + 1)
+    ms = np.interp(lengths, counts, known)
     return int(lengths[np.argmax(settled_per_pass(lengths, agreement) / ms)])
 
 

@@ -205,6 +205,8 @@ class BetaMixture:
 
     EDGE = 1e-4  # densities at 0 and 1 may be infinite
     GRAIN = 1e-6  # of the start in every update: a component that explains nothing stays what it was
+    _POINTS = np.maximum(np.arange(10) / 10, EDGE)[:, None]  # where a threshold may lie
+    _POINT_LOGS = np.log(_POINTS), np.log1p(-_POINTS)
 
     def __init__(self, alpha: Sequence[float] = (1.0, 2.0), beta: Sequence[float] = (2.0, 1.0), momentum: float = 0.95):
         if len(alpha) != 2 or len(beta) != 2 or min(*alpha, *beta) <= 0:
@@ -239,9 +241,8 @@ class BetaMixture:
 
     def log_density(self, x: np.ndarray) -> np.ndarray:
         """Of each component at x, float64[n] in 0..1 -> float64[n, 2]"""
-        alpha, beta = self.parameters
         x = self._inside(np.asarray(x, float))[:, None]
-        return (alpha - 1) * np.log(x) + (beta - 1) * np.log1p(-x) - betaln(alpha, beta)
+        return self._log_density(np.log(x), np.log1p(-x))
 
     def update(self, confidences: Sequence[float], agreed: Sequence[bool]) -> None:
         """One step of EM on what one synchronisation (or more) showed; both of one length, at least 1."""
@@ -259,11 +260,17 @@ class BetaMixture:
         The paper takes the smallest such point. That is another one only where the ratio falls again with confidence,
         as at the left end of a wide high component: exits among the least sure tokens are not what is wanted.
         """
-        grid = np.arange(10) / 10
         high = int(np.argmax(self._moments[1] / self._moments[0]))
-        above = _shares(self.log_density(grid))[:, high] > ratio + 1e-9
-        count = int(np.argmin(above[::-1])) if not above.all() else len(grid)
-        return float(grid[len(grid) - count]) if count else 1.0
+        logs = self._log_density(*self._POINT_LOGS)
+        # A share above the ratio: odds above its odds.
+        above = logs[:, high] - logs[:, 1 - high] > np.log(ratio / (1 - ratio)) + 1e-8
+        count = int(np.argmin(above[::-1])) if not above.all() else len(above)
+        return (10 - count) / 10 if count else 1.0
+
+    def _log_density(self, log_x: np.ndarray, log_rest: np.ndarray) -> np.ndarray:
+        """log_x, log_rest: log(x) and log(1 - x), float64[n, 1] -> float64[n, 2]"""
+        alpha, beta = self.parameters
+        return (alpha - 1) * log_x + (beta - 1) * log_rest - betaln(alpha, beta)
 
     def _inside(self, x: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(x, self.EDGE), 1 - self.EDGE)  # np.clip takes several times as long

@@ -14,6 +14,7 @@ What modulates norms follows from the time of a flow alone, and decoders take th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ from vla.models.transformer import RMSNorm, Transformer
 MOST_TOKENS = 32
 
 MOST_TIMES = 64  # of one flow, to keep the norms of
+
+_VERSION = attrgetter("_version")
 
 _PANEL = 32  # columns; of 8 to 128 the best or near it, for 1 to 16 rows and widths of 128 to 2048
 
@@ -73,8 +76,7 @@ class HostWeights:
 
     @staticmethod
     def serves(transformer: Transformer, expert: int) -> bool:
-        weight = transformer.layers[0][expert].qkv.weight
-        return weight.device.type == "cpu" and weight.itemsize == 4
+        return _on_host(transformer.layers[0][expert].qkv.weight)
 
     def __init__(self, transformer: Transformer, expert: int, head: nn.Module):
         self.config = transformer.config
@@ -94,7 +96,8 @@ class HostWeights:
         own = [*layers, self._norm_modules[-1], head]
         # Tensors made in inference mode count no writes, and cannot be trained either.
         self._sources = [weight for module in own for weight in module.parameters() if not weight.is_inference()]
-        self._versions = [weight._version for weight in self._sources]
+        self._versions = list(map(_VERSION, self._sources))
+        self._first = layers[0].qkv.weight
 
     def norms(self, time: float | None) -> list[_Norm]:
         """Two of each layer and the final one. time: of a flow, None for experts whose norms nothing modulates."""
@@ -112,8 +115,8 @@ class HostWeights:
 
     @property
     def current(self) -> bool:
-        """Whether no weight was written since the copy."""
-        return self._versions == [weight._version for weight in self._sources]
+        """Whether no weight was written or moved since the copy."""
+        return _on_host(self._first) and self._versions == list(map(_VERSION, self._sources))
 
 
 class HostSuffix:
@@ -197,8 +200,12 @@ class HostSuffix:
 
 
 def _view(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().numpy()
+    array: np.ndarray = (tensor.detach() if tensor.requires_grad else tensor).numpy()
     return array
+
+
+def _on_host(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.itemsize == 4
 
 
 def _norm(module: RMSNorm, condition: Tensor | None) -> _Norm:

@@ -423,11 +423,13 @@ class Vla(nn.Module):
 
     def host_weights(self, head: str) -> HostWeights | None:
         """Copies for passes in numpy, made anew when weights changed; None where torch has to run them."""
-        expert = self.config.head(head).expert
-        if torch.is_grad_enabled() or not HostWeights.serves(self.transformer, expert):
+        if torch.is_grad_enabled():
             return None
         kept = self._host.get(head)
         if kept is None or not kept.current:
+            expert = self.config.head(head).expert
+            if not HostWeights.serves(self.transformer, expert):
+                return None
             self._host[head] = kept = HostWeights(self.transformer, expert, self.heads[head])
         return kept
 

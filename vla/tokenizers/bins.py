@@ -46,7 +46,8 @@ class BinTokenizer:
             )
         if not np.all(np.isfinite(actions)):
             raise DataError(explain("actions", "finite values", "NaN or infinity", "Check the normaliser."))
-        return (np.digitize(np.clip(actions, -1.0, 1.0), self._edges) - 1).ravel().tolist()
+        inside = np.minimum(np.maximum(actions, -1.0), 1.0)
+        return (self._edges.searchsorted(inside, side="right") - 1).ravel().tolist()
 
     def decode(self, ids: Sequence[int], horizon: int, action_dim: int) -> np.ndarray:
         """Any ids -> float32[T, A] in (-1, 1); see `decode_report`."""
