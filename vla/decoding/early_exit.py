@@ -115,11 +115,11 @@ def leading(logits: Array) -> tuple[list[list[int]], list[float]]:
     """Constrained logits [B, 1, V] -> the most probable token of each sample, in a list of its own, and how far its
     probability is above the next one's. One wait for the device."""
     if isinstance(logits, np.ndarray):
-        last = logits[:, 0]
-        likely = np.exp(last - last.max(axis=1, keepdims=True))
-        totals, chosen, samples = likely.sum(axis=1), last.argmax(axis=1), np.arange(len(last))
-        likely[samples, chosen] = 0
-        return chosen[:, None].tolist(), ((1 - likely.max(axis=1)) / totals).tolist()
+        last = logits[0, 0]  # on the host a batch is one
+        token = int(last.argmax())
+        odds = np.exp(last - last[token])
+        total, odds[token] = float(odds.sum()), 0.0
+        return [[token]], [(1 - float(odds.max())) / total]
     best = logits[:, 0].argmax(dim=-1, keepdim=True)
     two = logits[:, 0].softmax(dim=-1, dtype=torch.float32).topk(2).values
     rows = torch.cat((best.float(), two), dim=1).tolist()  # ids are exact as float32 up to 2^24
