@@ -10,10 +10,10 @@ from tests.contracts.test_decoders import behind, bundle_for, decode, model_of, 
 from vla.configs import load
 from vla.decoding import costs
 from vla.decoding.autoregressive import AutoregressiveDecoder
-from vla.decoding.base import Grammar, Hint
+from vla.decoding.base import Grammar, Hint, probabilities
 from vla.decoding.jacobi import JacobiDecoder
 from vla.decoding.speculative import SpeculativeDecoder
-from vla.models.suffix import TokenSuffix
+from vla.models.suffix import TokenSuffix, best_tokens
 
 
 def test_free_passes_want_long_blocks_and_dear_ones_short() -> None:
@@ -96,3 +96,23 @@ def test_tokens_that_do_not_divide_the_chunk_are_constrained() -> None:
     logits, left = torch.zeros(1, 2, 3), [[3, 1]]
     assert Grammar(twos, 5, 1).constrain(logits, left)[0].tolist() == [[0.0] * 3, [-torch.inf] * 3]
     assert Grammar(twos, 6, 1).constrain(logits, [[4, 2]])[0].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("kind", ["bins", "fast"])
+def test_numpy_and_torch_allow_choose_and_weigh_the_same(kind: str) -> None:
+    """Passes on the host give numpy's arrays, others tensors."""
+    grammar, rng = Grammar(tokenizer_of(kind), 8, 2), np.random.default_rng(0)
+    logits = rng.normal(size=(1, 6, grammar.bias.shape[1])).astype(np.float32) * 40
+    for rows, left in ((logits, [[16, 9, 5, 2, 1, 0]]), (logits[:, :1], [[3]])):
+        here, there = grammar.constrain(rows, left), grammar.constrain(torch.from_numpy(rows), left)
+        assert isinstance(here, np.ndarray) and np.array_equal(here, there.numpy())
+        chosen = best_tokens(here)
+        assert chosen == best_tokens(there) == there.argmax(-1).tolist()
+        unlikely = [np.where(np.isfinite(here[0]), here[0], np.inf).argmin(axis=-1).tolist()]
+        for ids in (chosen, unlikely, [row[:-1] for row in chosen]):
+            for one, other in zip(probabilities([here], ids), probabilities([there], ids)):
+                assert len(one) == len(ids[0]) and one == pytest.approx(other, abs=1e-6)
+        assert np.array_equal(here, there.numpy())  # still what it was
+    first = [[0] * 6]
+    pieces = [logits[:, :2], torch.from_numpy(logits[:, 2:])]  # a short pass and one that was too long for the host
+    assert probabilities(pieces, first) == probabilities([logits], first)

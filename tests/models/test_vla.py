@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,20 @@ def test_cached_suffix_equals_the_training_pass(expert: int) -> None:
     steps.append(suffix.logits(ids[:, 4:]))
     assert torch.allclose(torch.cat(steps, 1), uncached(model, args, ids), atol=1e-5)
     assert suffix.length == suffix.room == 6
+
+
+@torch.inference_mode()
+def test_lists_of_ids_stay_in_numpy_where_the_pass_does() -> None:
+    model, args = make(), inputs(1)
+    ids = torch.randint(0, 11, (1, 4))
+    expected = suffix_of(model, args, 4).logits(ids)
+    alone, two = suffix_of(model, args, 4), suffix_of(make(), inputs(2), 4)
+    assert alone.host is not None and isinstance(expected, torch.Tensor)
+    assert isinstance(said := alone.logits(ids.tolist()), np.ndarray) and np.array_equal(said, expected.numpy())
+    assert isinstance(two.logits([[1], [2]]), torch.Tensor)
+    alone.truncate(0)
+    part = alone.through(alone.through(alone.embed(ids.tolist()), 0, range(1)), 0, range(1, alone.depth))
+    assert isinstance(part, np.ndarray) and np.allclose(alone.read(part), said, atol=1e-6)
 
 
 @torch.no_grad()  # not inference_mode: a model made there keeps no count of its writes

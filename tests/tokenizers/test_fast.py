@@ -57,6 +57,22 @@ def test_equal_to_fast_plus_token_for_token(fast_plus):
         np.testing.assert_allclose(decoded, pair["decoded"], atol=1e-6)
 
 
+def test_whole_tokens_are_what_their_text_spells(tokenizer) -> None:
+    """Looked up one by one, and spelled out as the reference does."""
+    rng, whole = np.random.default_rng(0), np.flatnonzero(tokenizer.token_lengths)
+    for count in (1, 5, 30):
+        ids = rng.choice(whole, count).tolist()
+        spelled, mended = tokenizer._mended(ids, 112)
+        known = np.concatenate([tokenizer._integers[i] for i in ids])
+        assert mended == 0 and np.array_equal(known, spelled)
+        filled = np.zeros(112, np.int64)
+        filled[: len(known)] = known[:112]
+        decoded, repaired = tokenizer.decode_report(ids, 16, 7)
+        expected = idct(filled.reshape(16, 7) / tokenizer.scale, axis=0, norm="ortho")
+        assert repaired == abs(len(known) - 112)
+        np.testing.assert_allclose(decoded, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [0.01, 1.0, 8.0])
 def test_equal_to_the_published_procedure_on_new_chunks(fast_plus, size):
     """The reference in four lines, over the raw tokenizer file; large sizes reach the clamp at min_token."""
