@@ -117,6 +117,31 @@ def test_another_tokenizer_of_the_same_size_is_refused_where_the_head_knows_its_
     assert bundles.save(old, tmp_path / "again") == old.fingerprint
 
 
+def test_the_shipped_heads_are_read_by_no_other_tokenizer(tmp_path) -> None:
+    folder = tmp_path / "tabletop"
+    shutil.copytree(bundle_path("tabletop"), folder)
+    heads = {head.name for head in bundles.load(folder).config.heads if head.vocab}
+    assert heads == {"fast", "bins", "draft", "hybrid", "distilled"}
+    for head in sorted(heads):
+        kept = (folder / bundles.MARKER).read_text()
+        edit(folder, lambda content, head=head: content["action_tokenizers"].update({head: other_of(content, head)}))
+        with pytest.raises(
+            BundleError, match=rf"action_tokenizers\.{head}: expected the one .* train heads\.{head} anew"
+        ):
+            bundles.load(folder)
+        (folder / bundles.MARKER).write_text(kept)
+
+
+def other_of(content: dict, head: str) -> dict:
+    """A FAST tokenizer with as many tokens as this head has."""
+    data = content["action_tokenizers"]["fast"]
+    data = {**data, "scale": 2 * data["scale"]}
+    count = next(known["vocab"] for known in content["model"]["heads"] if known["name"] == head)
+    kept = set(data["vocab"][:count])
+    merges = [pair for pair in data["merges"] if {*pair, "".join(pair)} <= kept]
+    return {**data, "vocab": data["vocab"][:count], "merges": merges}
+
+
 def test_a_class_path_in_a_file_is_never_followed(copy) -> None:
     edit(copy, lambda content: content["model"].update(_target_="os.system"))
     with pytest.raises(BundleError, match="_target_"):
@@ -174,7 +199,7 @@ def test_changed_data_and_data_of_another_robot_are_refused(copy) -> None:
 
 def test_the_shipped_policy_knows_what_its_data_looked_like() -> None:
     bundle = bundles.load(bundle_path("tabletop"))
-    assert bundle.fingerprint.startswith("7296f29b32e5")  # the one that its card and the docs measure
+    assert bundle.fingerprint.startswith("11fab65551a2")  # the one that its card and the docs measure
     assert list(bundle.data.cameras) == ["agentview", "wrist"] and bundle.data.state["gripper"].first_min > 0.07
 
 

@@ -10,7 +10,7 @@ import torch
 
 from policies.vla_policy import VlaPolicy
 from sim import decode_costs
-from sim.decode_entries import ENTRIES, served
+from sim.decode_entries import ENTRIES, Entry, served
 from sim.evaluate import EvalConfig
 from tests.conftest import tiny_config
 from tests.decoding.test_continuous import bundle_of
@@ -25,6 +25,7 @@ from vla.decoding.speculative import RelaxedDecoder, SpeculativeDecoder
 from vla.errors import ConfigError
 from vla.models.heads import HeadConfig
 from vla.models.suffix import TokenSuffix
+from vla.models.vla import Vla
 from vla.policy import InferContext
 from vla.resources import bundle_path
 from vla.tokenizers import BinTokenizer, FastTokenizer
@@ -201,6 +202,39 @@ def test_it_equals_greedy_on_200_prompts(name, asked) -> None:
         assert fast.passes <= max(map(len, fast.ids))
 
 
+@pytest.mark.parametrize("asked", ["bins"], indirect=True)
+@pytest.mark.parametrize("warm", [False, True])
+def test_after_so_many_passes_so_many_tokens_are_greedys(warm: bool, asked) -> None:
+    left = 0
+    for number, (given, greedy) in enumerate(asked):
+        passes = 1 + number % 15
+        out = CappedJacobiDecoder(passes, warm=warm, head="words").decode(given)
+        assert out.passes <= passes
+        assert [ids[:passes] for ids in out.ids] == [ids[:passes] for ids in greedy.ids]
+        left += out.ids != greedy.ids
+    assert left > 20  # others were not greedy's yet
+
+
+@pytest.mark.parametrize("kind", ["bins", "fast"])
+@pytest.mark.parametrize("decoder", [AutoregressiveDecoder(), JacobiDecoder(5), SpeculativeDecoder(length=3)])
+def test_a_pass_waits_for_the_device_once(kind: str, decoder, monkeypatch) -> None:
+    """With tensors that say they are elsewhere: what leaves them is counted, and is the same."""
+    tokenizer = tokenizer_of(kind)
+    grammar = Grammar(tokenizer, 8, 2)
+    plain = [decode(decoder, model_of(tokenizer, seed), grammar, prompt(seed, 1 + seed % 2))[0] for seed in range(4)]
+    waits: list[torch.Tensor] = []
+    fetch = torch.Tensor.tolist
+    monkeypatch.setattr(Vla, "host_weights", lambda self, head: None)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor) or fetch(tensor), raising=False)
+    for seed, expected in enumerate(plain):
+        model, prompts = model_of(tokenizer, seed), prompt(seed, 1 + seed % 2)
+        waits.clear()
+        out, _ = decode(decoder, model, grammar, prompts)
+        assert out.ids == expected.ids and out.passes == expected.passes
+        assert len(waits) == out.passes + 1  # the last one for all probabilities
+
+
 @pytest.mark.parametrize("window", [5, 16])
 def test_a_warm_start_takes_fewer_passes_and_says_the_same(window, asked) -> None:
     """The first guess is a chunk of nearly the same prompt; and where it is greedy's own, one look settles a window."""
@@ -253,9 +287,15 @@ def test_it_equals_greedy_on_the_trained_policy(capsys) -> None:
     policy = VlaPolicy.from_bundle(bundle_path("tabletop"), threads=1)
     # Greedy again says nothing new, and of windows the chosen one, 16 and the whole block will do.
     exact = [entry for entry in ENTRIES if entry.exact and not entry.name.endswith(("again", ", 4", ", 8"))]
-    entries, _ = served(policy, exact)
-    assert {entry.config for entry in entries} == {CASES[name].config for name in ("greedy", *EXACT)} - {"early_exit"}
-    costs = decode_costs.costs(policy, entries, decode_costs.observations(policy, EvalConfig(), 4)[0])
+    whole = Entry("early exit bins, never", "early_exit", ("head=bins", "threshold=1"), "greedy bins")
+    entries, _ = served(policy, [*exact, whole])
+    assert {entry.config for entry in entries} == {CASES[name].config for name in ("greedy", *EXACT)}
+    seen = decode_costs.observations(policy, EvalConfig(), 4)[0]
+    costs = decode_costs.costs(policy, entries, seen)
+    for head in ("bins", "distilled"):  # after j passes over the whole chunk the first j tokens are settled
+        capped, _, passes = said(policy, seen, CappedJacobiDecoder(6, head=head))
+        assert passes == 6 * len(seen)
+        assert [ids[:6] for ids in capped] == [ids[:6] for ids in costs[f"greedy {head}"].ids]
     for entry in entries:
         cost, greedy = costs[entry.name], costs[entry.reference or entry.name]
         assert len(set(greedy.ids)) > 2

@@ -32,13 +32,6 @@ def test_with_passes_enough_it_is_greedy(window: int, batch: int) -> None:
         assert suffix.length == 16 if (window or 16) > 1 else suffix.length >= 15
 
 
-def test_the_first_tokens_of_a_block_are_greedys_after_as_many_passes() -> None:
-    for passes in (1, 2, 5):
-        greedy, _ = decode(AutoregressiveDecoder(), model(3), GRAMMAR, prompt(3, 1))
-        capped, _ = decode(CappedJacobiDecoder(passes), model(3), GRAMMAR, prompt(3, 1))
-        assert capped.passes <= passes and capped.ids[0][:passes] == greedy.ids[0][:passes]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("window", [3, 4])
 def test_nothing_of_a_discarded_guess_stays_in_the_cache(window: int) -> None:

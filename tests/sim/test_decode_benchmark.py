@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,6 +254,26 @@ def test_flips_are_those_from_greedy_whatever_else_is_measured(policy, seen) -> 
     flips = decode_costs._flips(policy, [line], {line.name: seen[:3]})
     policy.decoder = kept
     assert 0 <= flips[line.name] <= 1
+
+
+def test_tokens_that_are_not_greedys_are_flips(policy, seen) -> None:
+    """Of four chunks, two."""
+    (line,) = entries("jacobi FAST, 4")
+    kept, calls = policy.decoder, []
+
+    class Altered(type(line.parts.decoder)):
+        def generate(self, *given):
+            out = super().generate(*given)
+            calls.append(out)
+            return out if len(calls) % 2 else replace(out, ids=[[*row[:-1], row[-1] + 1] for row in out.ids])
+
+    altered = SimpleNamespace(
+        name="altered", exact=True, reference=line.reference,
+        parts=SimpleNamespace(decoder=Altered(4, head="fast"), pruning=None),
+    )  # fmt: skip
+    flips = decode_costs._flips(policy, [line, altered], {"altered": seen[:4], line.name: seen[:4]})
+    policy.decoder = kept
+    assert flips["altered"] == 0.5 + flips[line.name] == 0.5
 
 
 def test_time_outside_the_passes_and_flips_in_bf16_are_measured(policy, seen) -> None:

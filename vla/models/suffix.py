@@ -71,7 +71,8 @@ class TokenSuffix:
             return self.head.embed(ids)
         if self.host is not None:
             return self.host.weights.embedding[ids]
-        return self.head.embed(torch.tensor(ids, device=self.device))
+        # Not torch.tensor(device=...): that waits until the pass before is done.
+        return self.head.embed(torch.tensor(ids).to(self.device, non_blocking=True))
 
     def hidden(self, ids: Ids, both_ways: bool = False) -> Array:
         """As `logits`, before the read-out: [B, Q, D]."""
