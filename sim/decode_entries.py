@@ -148,6 +148,7 @@ _LISTED = (
     Entry("often reused FAST", "autoregressive", ("head=fast",), _FAST, *_OFTEN),
     Entry("eagerly reused FAST", "autoregressive", ("head=fast",), _FAST, *_EAGER),
     Entry("ensembled FAST", "autoregressive", ("head=fast",), _FAST, ensembling="act"),
+    Entry("drawn FAST, temperature 1", "autoregressive", ("head=fast", "temperature=1"), _FAST),
     Entry("flow, 10 steps", "flow", (), _BINS),
     Entry("flow, 4 steps", "flow", ("steps=4",), _BINS),
     Entry("flow, 5 steps, real-time chunking", "realtime", (), _BINS),
@@ -169,6 +170,15 @@ _LISTED = (
     Entry("parallel, pruned, reused", "parallel", (), _BINS, "flashvla", "flashvla", against=("parallel",)),
     Entry("parallel, often reused", "parallel", (), _BINS, *_OFTEN, against=("parallel",)),
     Entry("parallel, eagerly reused", "parallel", (), _BINS, *_EAGER, against=("parallel",)),
+    Entry(
+        "parallel, three quarters stay, eagerly reused",
+        "parallel",
+        (),
+        _BINS,
+        "flashvla keep=0.75",
+        "flashvla_eager",
+        against=("parallel",),
+    ),
 )
 ENTRIES = (*_LISTED, *by_default(sorted({*configs.names("decoder")} - {entry.config for entry in _LISTED})))
 
