@@ -131,7 +131,7 @@ def row(
     all_ms, counts = pace.mixed(cost.total_ms)
     total_ms, spread_ms = float(all_ms @ counts), _percentiles(all_ms, counts, (50, 95))
     speed = {name: _actions_per_s(costs[name], paces[name]) for name in costs}
-    config, window = entry.describe(), _window(entry, cost)
+    config, window = entry.describe(), int(cost.notes.get("window", 0))  # tokens of a pass, where the decoder says so
     same = error = None
     if base is not None:
         error = float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(cost.actions, base.actions)]))
@@ -196,12 +196,6 @@ def _actions_per_s(cost: Cost, pace: Pace) -> float:
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(float(value), digits)
-
-
-def _window(entry: Entry, cost: Cost) -> int:
-    """Tokens that a pass looks at, where the decoder says so: a window, or a draft and the token before it; else 0."""
-    length = getattr(entry.parts.decoder, "length", 0)
-    return int(cost.notes.get("window", 0)) or (length + 1 if length else 0)
 
 
 def _percentiles(values: np.ndarray, weights: np.ndarray, which: Sequence[int]) -> dict[str, float | None]:

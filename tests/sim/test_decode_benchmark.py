@@ -223,7 +223,7 @@ def test_the_ensemble_is_paired_with_each_of_its_halves() -> None:
 
 def test_agreement_is_that_of_windows_and_of_drafts() -> None:
     jacobi, draft = entries("jacobi bins, 8", "speculative bins, previous chunk")
-    for line, length, notes in ((jacobi, 8, {"window": 8.0}), (draft, 9, {})):
+    for line, length, notes in ((jacobi, 8, {"window": 8.0}), (draft, 9, {"window": 9.0})):
         settled = float(settled_per_pass(length, 0.7))
         of = cost([tuple(range(1000))] * 2, notes=notes, passes=1000 / settled)
         row = bench.row(line, {line.name: of}, EIGHT, {})

@@ -8,11 +8,12 @@ pays for those that it does not settle, so its best length is a measurement.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 import numpy as np
 
+from vla.errors import ConfigError, explain
 from vla.models.suffix import TokenSuffix, best_tokens
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 112)
@@ -63,6 +64,21 @@ def _best_length(costs: tuple[tuple[int, float], ...], agreement: float) -> int:
     lengths = np.arange(1, max(counts) + 1)
     ms = np.interp(lengths, counts, known)
     return int(lengths[np.argmax(settled_per_pass(lengths, agreement) / ms)])
+
+
+def check_agreement(agreement: float | None) -> None:
+    """ConfigError for what `usual_agreement` does not take."""
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise ConfigError(explain("decoder.agreement", "0..1 or null", agreement, "vla bench decode prints it."))
+
+
+def usual_agreement(agreement: float | None, token_lengths: Collection[int]) -> float:
+    """`agreement`, or for None what it is for tokens of one value each, as bins are, and for others, FAST's, which are
+    seldom guessed right. In long blocks guesses are right more often, having been through more passes: these two make
+    the choice of a length right and are not what is measured."""
+    if agreement is not None:
+        return agreement
+    return 0.85 if set(token_lengths) == {1} else 0.2
 
 
 def agreement_of(settled: float, length: int) -> float:

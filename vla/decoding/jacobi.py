@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, TokenDecoder, check_length, drafts
-from vla.decoding.costs import best_length, pass_costs
+from vla.decoding.costs import best_length, check_agreement, pass_costs, usual_agreement
 from vla.errors import ConfigError, explain
 from vla.models.suffix import Array, TokenSuffix, best_tokens
 
@@ -24,10 +24,8 @@ class JacobiDecoder(TokenDecoder):
     """Exact greedy decoding in windows, causal mask.
 
     window: tokens per pass; 1 is greedy itself, 0 the length that pays most with the pass costs of this device, if a
-    guess behind right ones is right with probability `agreement`: None is 0.85 for tokens of one value each, as bins
-    are, and 0.2 for others, FAST's, which are seldom guessed right. Long windows see more agreement than short ones, as
-    their guesses have been through more passes; the defaults are what makes the choice right, not what is measured.
-    warm: the first guess is the previous chunk, shifted by the actions executed since; same output, fewer passes.
+    guess behind right ones is right with probability `agreement`, None for `usual_agreement`. warm: the first guess is
+    the previous chunk, shifted by the actions executed since; same output, fewer passes.
     Notes: "window".
     """
 
@@ -35,8 +33,7 @@ class JacobiDecoder(TokenDecoder):
         super().__init__(head)
         if window < 0:
             raise ConfigError(explain("decoder.window", "0 or more", window, "0 chooses it from the cost of passes."))
-        if agreement is not None and not 0 <= agreement <= 1:
-            raise ConfigError(explain("decoder.agreement", "0..1 or null", agreement, "vla bench decode prints it."))
+        check_agreement(agreement)
         self.window, self.warm, self.agreement = window, warm, agreement
 
     def check(self, bundle: Bundle) -> None:
@@ -55,10 +52,7 @@ class JacobiDecoder(TokenDecoder):
         return out
 
     def agrees(self, grammar: Grammar) -> float:
-        """`agreement`, or what it is for tokens of one value each, as bins are, and for others."""
-        if self.agreement is not None:
-            return self.agreement
-        return 0.85 if set(grammar.lengths) == {1} else 0.2
+        return usual_agreement(self.agreement, grammar.lengths)
 
 
 def jacobi(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vla.checkpoints.bundle import Bundle
 from vla.decoding.base import DecodedTokens, DecodeInput, Grammar, Hint, Notes, TokenDecoder, check_length, drafts
-from vla.decoding.costs import best_length, pass_costs
+from vla.decoding.costs import best_length, check_agreement, pass_costs, usual_agreement
 from vla.decoding.early_exit import exit_of
 from vla.errors import ConfigError, explain, nearest
 from vla.models.suffix import Array, TokenSuffix, best_tokens, joined, tensor_of
@@ -41,22 +41,22 @@ class SpeculativeDecoder(TokenDecoder):
     read-out (0: the layer the head was trained to exit at); the deep ones verify, and nothing is computed twice.
     "head", another token head of the bundle over the same tokens, `draft_head`. length: draft tokens per pass, at most
     (gamma); 0 for as many as pay most with the pass costs of this device, a draft token being free and right with
-    probability `agreement`, which may be none. Draws from a draft's own distributions depend on `length`, so 0, which
-    no seed repeats, is refused there. passes: those that verify, of the whole model. Notes: "accepted", mean number of
-    draft tokens accepted per pass, by sample; "layers" that ran, those of the draft included.
+    probability `agreement`, None for `usual_agreement`; that may be no token at all. Draws from a draft's own
+    distributions depend on `length`, so 0, which no seed repeats, is refused there. passes: those that verify, of the
+    whole model. Notes: "window", tokens of a pass, length + 1; "accepted", mean number of draft tokens accepted per
+    pass, by sample; "layers" that ran, those of the draft included.
     """
 
     def __init__(
-        self, draft: str = "previous", length: int = 8, temperature: float = 0.0, layers: int = 0, draft_head: str = "",
-        agreement: float = 0.7, head: str = "",
+        self, draft: str = "previous", length: int = 0, temperature: float = 0.0, layers: int = 0, draft_head: str = "",
+        agreement: float | None = None, head: str = "",
     ):  # fmt: skip
         super().__init__(head)
         if draft not in DRAFTS:
             raise ConfigError(f"decoder.draft: unknown choice {draft!r}. {nearest(draft, DRAFTS)}")
         if length < 0:
             raise ConfigError(explain("decoder.length", "0 or more", length, "0 chooses it from the cost of passes."))
-        if not 0 <= agreement <= 1:
-            raise ConfigError(explain("decoder.agreement", "0..1", agreement, "vla bench decode prints it."))
+        check_agreement(agreement)
         if temperature < 0:
             raise ConfigError(explain("decoder.temperature", "0 or more", temperature, "Use 0 for greedy decoding."))
         if not length and temperature and draft != "previous":
@@ -82,7 +82,9 @@ class SpeculativeDecoder(TokenDecoder):
 
     def hints(self, given: DecodeInput, head: str) -> list[Hint]:
         guesses = drafts(given, head) if self.draft == "previous" else [()] * given.batch
-        length = self.length + 1 if self.length else best_length(given.pass_costs(head), self.agreement)
+        length = (
+            self.length + 1 if self.length else best_length(given.pass_costs(head), self.agrees(given.grammar(head)))
+        )
         return [Hint(seed, draft, length=length) for seed, draft in zip(given.seeds, guesses)]
 
     def generate(self, suffix: TokenSuffix, grammar: Grammar, hints: Sequence[Hint]) -> DecodedTokens:
@@ -99,8 +101,13 @@ class SpeculativeDecoder(TokenDecoder):
             drafter = Shallow(suffix, grammar, choice, exit_of(suffix.config, suffix.depth, self.layers))
         else:
             drafter = Small(suffix, grammar, choice, self.draft_head)
-        length = self.length or (hints[0].length or best_length(pass_costs(suffix), self.agreement)) - 1
-        return speculate(suffix, grammar, drafter, choice, length, len(hints))
+        length = self.length or (hints[0].length or best_length(pass_costs(suffix), self.agrees(grammar))) - 1
+        out = speculate(suffix, grammar, drafter, choice, length, len(hints))
+        out.notes["window"] = float(length + 1)
+        return out
+
+    def agrees(self, grammar: Grammar) -> float:
+        return usual_agreement(self.agreement, grammar.lengths)
 
 
 class RelaxedDecoder(SpeculativeDecoder):
@@ -116,9 +123,9 @@ class RelaxedDecoder(SpeculativeDecoder):
 
     def __init__(
         self, distance: int = 3, draft: str = "previous", length: int = 8, layers: int = 0, draft_head: str = "",
-        agreement: float = 0.7, head: str = "",
+        head: str = "",
     ):  # fmt: skip
-        super().__init__(draft, length, 0.0, layers, draft_head, agreement, head)
+        super().__init__(draft, length, 0.0, layers, draft_head, head=head)
         if distance < 1:
             raise ConfigError(explain("decoder.distance", "at least 1 bin", distance, "Use speculative for 0."))
         if not length:
