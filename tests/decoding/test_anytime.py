@@ -19,6 +19,7 @@ from vla.models.heads import HeadConfig
 from vla.models.suffix import TokenSuffix
 from vla.policy import InferContext
 from vla.tokenizers import BinTokenizer
+from vla.types import ActionChunk
 
 T, A = 8, 2
 FAST = tokenizer_of("fast")
@@ -105,6 +106,33 @@ def test_a_cut_list_is_not_a_damaged_one(monkeypatch) -> None:
         for ids, longer, actions in zip(cut.ids, greedy.ids, cut.actions):
             assert ids == longer[: len(ids)]
             assert np.array_equal(actions, FAST.decode(list(ids), T, width))
+
+
+@pytest.mark.parametrize("rest", ["previous", "zeros"])
+def test_what_is_missing_comes_from_the_last_chunk(rest: str, monkeypatch) -> None:
+    """Of the last chunk at its present place, the frequencies that were not decoded, and no others."""
+    policy = bundle_of(FAST, heads=(HeadConfig("words", "tokens", 1, FAST.vocab_size),), horizon=T)
+    width, rng = policy.config.action_dim, np.random.default_rng(0)
+    grammar, decoder = Grammar(FAST, T, width), AnytimeDecoder(deadline_ms=20.0, rest=rest)
+    images, text, valid, state = prompt(0, 2)
+    segments = policy.model.prefix_segments(images, text % policy.config.text_vocab, valid, state)
+    with torch.inference_mode():
+        prefix = policy.model.prefix(segments, policy.config.suffix_room)
+    last = ActionChunk(rng.normal(size=(T, width)).astype(np.float32), 0, 0.05)
+    contexts = [InferContext(last, 3, None, 1, 0), InferContext()]
+    given = DecodeInput(policy, prefix, range(2), contexts, lambda head: grammar, started=100.0)
+    monkeypatch.setattr(anytime, "clock", lambda: 100.021)
+    out = decoder.decode(given)
+    plain = [FAST.decode(list(ids), T, width) for ids in out.ids]
+    assert all(cut > 0 for cut in out.notes["cut"]) and np.array_equal(out.actions[1], plain[1])  # nothing is running
+    if rest == "zeros":
+        assert np.array_equal(out.actions[0], plain[0])
+        return
+    done = T * width - int(out.notes["cut"][0])
+    added = dct(out.actions[0] - plain[0], axis=0, norm="ortho").ravel()
+    there = dct(given.previous[0], axis=0, norm="ortho").ravel()
+    assert np.allclose(added[:done], 0, atol=1e-5) and np.allclose(added[done:], there[done:], atol=1e-5)
+    assert np.abs(there[done:]).max() > 0.1
 
 
 def prefix_errors(tokenizer, ids, horizon: int, action_dim: int) -> np.ndarray:

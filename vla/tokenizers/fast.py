@@ -230,7 +230,7 @@ class FastTokenizer:
             integers = np.concatenate((integers[:size], np.zeros(max(0, size - len(integers)), np.int64)))
         # float64, as the reference decodes; only the result is float32
         coefficients = integers.reshape(horizon, action_dim) / self.scale
-        return (_inverse(horizon) @ coefficients).astype(np.float32), repaired
+        return (synthesis(horizon) @ coefficients).astype(np.float32), repaired
 
     def valid_next(self, remaining: int) -> np.ndarray:
         """bool[vocab_size]: tokens of at most `remaining` integers; none when the chunk is complete.
@@ -301,8 +301,9 @@ class FastTokenizer:
 
 
 @lru_cache(maxsize=8)
-def _inverse(horizon: int) -> np.ndarray:
-    """The inverse of the orthonormal DCT-II, float64[T, T]: one product of a chunk is a sixth of a call of idct."""
+def synthesis(horizon: int) -> np.ndarray:
+    """float64[T, T]: times coefficients [T, A] it gives actions, the inverse of the orthonormal DCT-II; its transpose is
+    the transform. One product of a chunk is a sixth of a call of idct."""
     matrix: np.ndarray = idct(np.eye(horizon), axis=0, norm="ortho")
     matrix.setflags(write=False)
     return matrix
