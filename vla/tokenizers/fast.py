@@ -302,8 +302,8 @@ class FastTokenizer:
 
 @lru_cache(maxsize=8)
 def synthesis(horizon: int) -> np.ndarray:
-    """float64[T, T]: times coefficients [T, A] it gives actions, the inverse of the orthonormal DCT-II; its transpose is
-    the transform. One product of a chunk is a sixth of a call of idct."""
+    """float64[T, T]: times coefficients [T, A] it gives actions, the inverse of the orthonormal DCT-II; its transpose
+    is the transform. One product of a chunk is a sixth of a call of idct."""
     matrix: np.ndarray = idct(np.eye(horizon), axis=0, norm="ortho")
     matrix.setflags(write=False)
     return matrix
