@@ -394,8 +394,8 @@ class Cut:
 
 
 def anytime_curve(policy: VlaPolicy, head: str, seen: Seen, deadlines: Sequence[float] = ()) -> list[Cut]:
-    """Error against time. deadlines, ms: () for nine, from where the prefix is done to where greedy decoding of the
-    same observations has mostly ended."""
+    """Error against time, with nothing in the place of what is missing. deadlines, ms: () for nine, from where the
+    prefix is done to where greedy decoding of the same observations has mostly ended."""
     kept, out = policy.decoder, []
     values = policy.bundle.config.horizon * policy.bundle.config.action_dim
 
@@ -412,7 +412,7 @@ def anytime_curve(policy: VlaPolicy, head: str, seen: Seen, deadlines: Sequence[
             last = np.quantile([report.times_ms["total"] for report in reports], 0.95)
             deadlines = np.linspace(first, last, 9).round(1).tolist()
         for deadline in deadlines:
-            reports, chunks = run(AnytimeDecoder(deadline, head))
+            reports, chunks = run(AnytimeDecoder(deadline, "zeros", head))
             errors = [float(np.mean((a - b) ** 2)) for a, b in zip(chunks, whole)]
             ms = float(np.mean([report.times_ms["total"] for report in reports]))
             cut = float(np.mean([report.notes["cut"] for report in reports])) / values
