@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
@@ -184,7 +184,15 @@ class Publisher:
     @property
     def readers(self) -> int:
         """Matched subscriptions, of any process."""
-        return len(self._writer.get_matched_subscriptions())
+        return _count(self._writer.get_matched_subscriptions)
+
+
+def _count(matched: Callable[[], Sequence[Any]]) -> int:
+    while True:
+        try:
+            return len(matched())
+        except IndexError:  # cyclonedds asks twice, how many and which: one more came in between
+            continue
 
 
 class Subscription:
@@ -207,7 +215,7 @@ class Subscription:
     @property
     def writers(self) -> int:
         """Matched publications, of any process."""
-        return len(self._reader.get_matched_publications())
+        return _count(self._reader.get_matched_publications)
 
     @property
     def lost(self) -> int:
